@@ -1,0 +1,56 @@
+# Needs python >= 3.10 and make; everything else is installed into .venv.
+# Another Python: make PYTHON=python3.12 ...   Another place for packages: pip's own settings (PIP_INDEX_URL and so on).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # all targets share .venv, and tests measure time
+.PHONY: help demo test check lint format bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## train a small network on handwritten digits with 2 workers
+	$(BIN)/python jobs/train_digits.py --workers 2
+
+test: $(VENV)/.dev ## run all tests
+	$(BIN)/python -m pytest
+
+check: lint ## lint and run the fast tests
+	$(BIN)/python -m pytest -m "not slow and not tensorflow"
+
+lint: $(VENV)/.dev ## check style, types and import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## format the code and repair what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## run all benchmarks, one JSON line each
+	@for script in benchmarks/[a-z]*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean: ## remove .venv and everything that tools left behind
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache ./*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit( \
+		"lepton_ray needs Python 3.10 or newer; $(PYTHON) is %d.%d. Use: make PYTHON=python3.11 $(MAKECMDGOALS)" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing what the demo needs into $(VENV) (torch and ray: a minute or two) ..."
+	$(INSTALL) -e '.[examples]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing what the tests need into $(VENV) (torch and ray: a minute or two) ..."
+	$(INSTALL) -e '.[dev]'
+	@touch $@

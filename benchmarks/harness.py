@@ -1,0 +1,89 @@
+"""What the benchmarks share: interleaved rounds, facts about the machine, a table and one JSON line.
+
+Peers and ours are measured in turns, in an order that turns with the round, so that a busy moment of the machine or a
+warm cache falls on all of them. Figures are medians over rounds; ratios are taken round by round before their median.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("torch", "ray", "numpy", "keras", "safetensors")
+
+
+def interleave(rounds: int, methods: Mapping[str, Callable[[], float | None]]) -> dict[str, list[float]]:
+    """Run every method once a round; return the seconds of each, by round.
+
+    A method that returns a number has measured itself; of any other the whole call is timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    names = list(methods)
+    for turn in range(rounds):
+        for i in range(len(names)):
+            name = names[(turn + i) % len(names)]
+            start = time.perf_counter()
+            own = methods[name]()
+            seconds[name].append(time.perf_counter() - start if own is None else own)
+            print(f"  round {turn + 1}/{rounds}  {name}: {seconds[name][-1]:.4g} s", file=sys.stderr, flush=True)
+    return seconds
+
+
+def median_ratio(ours: Sequence[float], peer: Sequence[float]) -> float:
+    """Return the median of ours / peer, round by round."""
+    return statistics.median(a / b for a, b in zip(ours, peer))
+
+
+def machine() -> dict[str, object]:
+    """Describe where and with what a figure was measured."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def report(benchmark: str, ours: str, measured: Mapping[str, Mapping[str, Sequence[float]]], **more: object) -> None:
+    """Print a table, and the same as one JSON line (the last line).
+
+    measured: what was measured -> method -> seconds by round. ours: the method that the others are compared with.
+    more: further facts for the JSON line, such as targets.
+    """
+    figures: dict[str, dict[str, dict[str, object]]] = {}
+    for what, methods in measured.items():
+        print(f"\n{what:<34}{'median':>10}{'least':>10}{'most':>10}{'ours/this':>11}")
+        figures[what] = {}
+        for name, seconds in methods.items():
+            ratio = median_ratio(methods[ours], seconds) if name != ours and min(seconds) > 0 else None
+            median = statistics.median(seconds)
+            shown = "" if ratio is None else f"{ratio:.2f}"
+            print(f"  {name:<32}{median:>10.4f}{min(seconds):>10.4f}{max(seconds):>10.4f}{shown:>11}")
+            figures[what][name] = {"median": median, "rounds": list(seconds), "ours_to_this": ratio}
+    print()
+    print(json.dumps({"benchmark": benchmark, "ours": ours, "figures": figures, **more, "machine": machine()}))
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,57 @@
+"""Reach Ray: the cluster that we are in or were told of, otherwise a small one of our own."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import ray
+
+from lepton_ray.cluster.names import NAMESPACE
+from lepton_ray.errors import ConfigError
+from lepton_ray.plan.types import Node
+
+
+def connect(num_workers: int, cpus: float = 1, spare_cpus: int = 0) -> bool:
+    """Make sure that this process talks to a Ray cluster; return whether it was started here, for this process alone.
+
+    A Ray that is already initialised is used; then the one that RAY_ADDRESS names (Ray sets it for submitted jobs);
+    otherwise a local one starts, with room for `num_workers` of `cpus` and `spare_cpus` more, whatever the machine has. It never joins another
+    cluster that happens to run on this machine.
+    """
+    if ray.is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice on machines without GPU
+    try:
+        if address:
+            _use_token()
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="WARNING")
+            return False
+        room = max(os.cpu_count() or 1, math.ceil(num_workers * cpus) + spare_cpus)
+        ray.init(
+            address="local",
+            num_cpus=room,
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",  # a warning about the token of a cluster that nobody else will use
+        )
+        return True
+    except (ConnectionError, RuntimeError) as error:
+        where = f"RAY_ADDRESS={address}" if address else "a local Ray"
+        raise ConfigError(f"cannot reach {where}: {error}") from error
+
+
+def _use_token() -> None:
+    """Use token authentication when this account has a token: clusters ask for one by default, clients do not look."""
+    if "RAY_AUTH_MODE" not in os.environ and os.path.exists(os.path.expanduser("~/.ray/auth_token")):
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def nodes() -> Sequence[Node]:
+    """List the living nodes with all that they have."""
+    return [
+        Node(name=node["NodeManagerAddress"], total=node["Resources"]) for node in ray.nodes() if node["Alive"]
+    ]

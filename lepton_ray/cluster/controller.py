@@ -1,0 +1,337 @@
+"""The controller actor of one job: asks `plan.membership` what to do, does it, and writes the journal.
+
+It is named and detached, so that it does not die with the driver. A driver that holds a lease (`train()`) must keep
+asking for events; when it falls silent the run stops at the next step boundary, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE, controller_name
+from lepton_ray.cluster.scheduler import Granted as Places
+from lepton_ray.cluster.scheduler import Held, scheduler
+from lepton_ray.cluster.worker import THREADS, Assignment, Worker
+from lepton_ray.config import Faults
+from lepton_ray.journal import Journal
+from lepton_ray.plan import membership
+from lepton_ray.plan.allocate import Refuse
+from lepton_ray.plan.membership import Ask, Command, End, Event, Failure, Form, Outcome, Phase, Start, Stop, Train
+from lepton_ray.plan.types import Request, Slot
+from lepton_ray.storage import Folder
+
+log = logging.getLogger(__name__)
+
+LINGER_S = 30.0
+"""How long an ended run waits for its driver to read the end."""
+TICK_S = 0.5
+EVENTS_WAIT_S = 5.0
+"""How long a question for events may stay open."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A job as its controller needs it."""
+
+    name: str
+    run_url: str
+    mode: str
+    num_workers: int
+    slot: Slot
+    environment: str
+    faults: Faults
+    has_lease: bool
+    """The run ends when its driver falls silent."""
+    generation: int
+    """The last one of the run's earlier lives."""
+    path: Sequence[str]
+    writes_journal: bool
+
+
+class Controller:
+    """One life of a run. All methods run on one event loop; `_advance` is the only writer of the state."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._records: list[dict[str, Any]] = []
+        self._news = asyncio.Event()
+        self._journal = Journal(Folder(order.run_url)) if order.writes_journal else None
+        self._refs: dict[str, Any] = {}
+        self._places: list[Held] = []
+        self._workers: list[Any] = []
+        self._outputs: list[Any] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._driver_seen_s = time.monotonic()
+        self._run: membership.Run | None = None
+
+    # --- called by the driver ----------------------------------------------------------------------------------------
+
+    async def ping(self) -> None:
+        """Answer: whoever holds a lease on this actor learns that it lives."""
+
+    async def begin(self, spec: Any, train_source: Any, test_source: Any) -> None:
+        """Start the run. The arguments are lists of one ObjectRef (so that Ray passes the reference), or of none."""
+        self._refs = {
+            name: await self._keep(refs)
+            for name, refs in (("spec", spec), ("train_source", train_source), ("test_source", test_source))
+        }
+        limits = membership.Limits(
+            admit_s=self._order.faults.admit_timeout_s,
+            start_s=self._order.faults.start_timeout_s,
+            form_s=self._order.faults.start_timeout_s,
+        )
+        self._run, commands = membership.begin(
+            self._order.num_workers, limits, self._order.generation, time.monotonic()
+        )
+        await self._obey(commands)
+        self._spawn(self._tick())
+
+    async def events(self, after: int) -> tuple[list[dict[str, Any]], bool]:
+        """Wait a moment for records beyond the first `after`; return them, and whether the run has ended."""
+        self._driver_seen_s = time.monotonic()
+        if len(self._records) <= after and not self._is_over():
+            self._news.clear()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._news.wait(), EVENTS_WAIT_S)
+        return self._records[after:], self._is_over()
+
+    async def status(self) -> dict[str, Any]:
+        """Return phase, generation, outcome and the newest step record."""
+        run = self._run
+        last = next((r for r in reversed(self._records) if r["event"] == "step"), {})
+        return {
+            "name": self._order.name,
+            "phase": run.phase.value if run else Phase.WAITING.value,
+            "outcome": run.outcome.value if run and run.outcome else None,
+            "generation": run.generation if run else 0,
+            "workers": len(self._workers),
+            "path": self._order.run_url,
+            **{key: last[key] for key in ("step", "epoch", "train_loss", "samples_per_s") if key in last},
+        }
+
+    async def stop(self, reason: str) -> None:
+        """Stop at the next step boundary, with a checkpoint."""
+        await self._advance(membership.StopAsked(reason))
+
+    async def outputs(self) -> list[Any]:
+        """Return references to what the workers predicted, one per rank."""
+        return self._outputs
+
+    async def close(self) -> None:
+        """End this actor: the driver has read the end."""
+        self._leave()
+
+    # --- called by workers -------------------------------------------------------------------------------------------
+
+    async def report(self, generation: int, records: list[dict[str, Any]]) -> None:
+        """Take records from a worker of a generation; those of an old one are late and do not count."""
+        if self._run is not None and generation == self._run.generation:
+            self._write([{**record, "generation": generation} for record in records])
+
+    # --- the state machine -------------------------------------------------------------------------------------------
+
+    async def _advance(self, event: Event) -> None:
+        assert self._run is not None
+        before = self._run
+        self._run, commands = membership.advance(before, event, time.monotonic())
+        if self._run.phase is not before.phase:
+            self._write([{"event": "phase", "phase": self._run.phase.value, "generation": self._run.generation}])
+        await self._obey(commands)
+
+    async def _obey(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            match command:
+                case Ask():
+                    self._spawn(self._ask())
+                case Start():
+                    self._start()
+                case Form(generation):
+                    self._form(generation)
+                case Train():
+                    self._each(Phase.TRAINING, [worker.train.remote() for worker in self._workers])
+                case Stop():
+                    for worker in self._workers:
+                        worker.stop.remote()
+                case End(outcome, failure, reason):
+                    await self._end(outcome, failure, reason)
+
+    async def _ask(self) -> None:
+        """Ask the scheduler; one that is just ending is asked again."""
+        order = self._order
+        request = Request(
+            job=order.name, workers=order.num_workers, slot=order.slot, environment=order.environment
+        )
+        own = ray.get_actor(controller_name(order.name), namespace=NAMESPACE)
+        for attempt in range(3):
+            try:
+                self._scheduler = scheduler()
+                answer: Places | Refuse = await self._scheduler.admit.remote(request, own)
+                break
+            except RayActorError:
+                if attempt == 2:
+                    raise
+        if isinstance(answer, Refuse):
+            await self._advance(membership.Refused(answer.reason))
+            return
+        self._write([{"event": "admitted", "reason": answer.reason}])
+        self._places = answer.places
+        await self._advance(membership.Granted())
+
+    def _start(self) -> None:
+        """Create the workers that are not warm yet, and take the lease on all."""
+        own = ray.get_actor(controller_name(self._order.name), namespace=NAMESPACE)
+        self._workers = [held.actor or self.create(held) for held in self._places]
+        for worker in self._workers:
+            worker.lend.remote(own, self._order.faults.lease_s)
+        self._each(Phase.STARTING, [worker.prepare.remote() for worker in self._workers])
+
+    @staticmethod
+    def create(held: Held) -> Any:
+        """Start a worker actor in its place."""
+        resources = dict(held.slot.resources)
+        return (
+            ray.remote(Worker)
+            .options(
+                name=held.name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                num_cpus=resources.pop("CPU", 0),
+                num_gpus=resources.pop("GPU", 0),
+                resources=resources,
+                max_concurrency=THREADS,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(held.group),
+            )
+            .remote()
+        )
+
+    def _form(self, generation: int) -> None:
+        world = len(self._workers)
+        self._each(
+            Phase.FORMING,
+            [
+                worker.form.remote(
+                    Assignment(
+                        generation=generation,
+                        rank=rank,
+                        world=world,
+                        group=f"{self._order.name}/{generation}/{os.getpid()}",
+                        path=self._order.path,
+                        collective_timeout_s=self._order.faults.collective_timeout_s,
+                        **self._refs,
+                    )
+                )
+                for rank, worker in enumerate(self._workers)
+            ],
+        )
+
+    def _each(self, phase: Phase, answers: Sequence[Any]) -> None:
+        """Turn every worker's answer, or its death, into an event."""
+        for rank, answer in enumerate(answers):
+            self._spawn(self._answer(rank, phase, answer))
+
+    async def _answer(self, rank: int, phase: Phase, answer: Any) -> None:
+        try:
+            found = await answer
+        except RayError as error:
+            found = Failure(message=f"the worker of rank {rank} died: {_first_line(error)}", rank=rank)
+        if isinstance(found, Failure):
+            await self._advance(membership.Broke(found))
+            return
+        if isinstance(found, dict):
+            self._write([{"event": "worker", "rank": rank, **found}])
+        await self._advance(membership.Ready(rank, phase))
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    async def _end(self, outcome: Outcome, failure: Failure | None, reason: str | None) -> None:
+        if outcome is Outcome.FINISHED and self._order.mode == "predict":
+            self._outputs = [worker.outputs.remote() for worker in self._workers]
+            await asyncio.gather(*self._outputs)
+        fields = {} if failure is None else {"failure": asdict(failure)}
+        await self._let_go(outcome)
+        self._write([{"event": "ended", "outcome": outcome.value, "reason": reason, **fields}])
+        if self._journal:
+            self._journal.close()
+        self._spawn(self._linger())
+
+    async def _let_go(self, outcome: Outcome) -> None:
+        """Hand finished workers to the pool; end all others."""
+        if not self._places:
+            if hasattr(self, "_scheduler"):
+                self._scheduler.release.remote(self._order.name)
+            return
+        warm = {}
+        if outcome is Outcome.FINISHED:
+            for held, worker in zip(self._places, self._workers):
+                with suppress(RayError, asyncio.TimeoutError):
+                    if await asyncio.wait_for(worker.reset.remote(), CALL_TIMEOUT_S):
+                        worker.lend.remote(self._scheduler, CALL_TIMEOUT_S)
+                        warm[held.name] = worker
+        with suppress(RayError):
+            await self._scheduler.give_back.remote(self._order.name, warm)
+
+    async def _tick(self) -> None:
+        while not self._is_over():
+            await asyncio.sleep(TICK_S)
+            silent_s = time.monotonic() - self._driver_seen_s
+            if self._order.has_lease and silent_s > self._order.faults.lease_s:
+                await self._advance(membership.StopAsked(f"the driver was silent for {silent_s:.0f} s"))
+            await self._advance(membership.Tick())
+
+    async def _linger(self) -> None:
+        await asyncio.sleep(LINGER_S)
+        self._leave()
+
+    def _leave(self) -> None:
+        # `exit_actor` works in a method only, and this also ends from a timer.
+        ray.kill(ray.get_actor(controller_name(self._order.name), namespace=NAMESPACE))
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    async def _keep(self, refs: Sequence[Any]) -> Any:
+        """Return a reference that lives as long as it must: a driver's own dies with the driver."""
+        if not refs:
+            return None
+        return refs[0] if self._order.has_lease else ray.put(await refs[0])
+
+    def _is_over(self) -> bool:
+        return bool(self._records) and self._records[-1]["event"] == "ended"
+
+    def _write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Put records into the journal and before whoever waits for them."""
+        stamped = [{"t": round(time.time(), 3), **record} for record in records]
+        if self._journal:
+            self._journal.append_many(stamped)
+        self._records += stamped
+        self._news.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._watched(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watched(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let no error of our own end in silence: it fails the run."""
+        try:
+            await work
+        except Exception as error:
+            log.exception("the controller of %s failed", self._order.name)
+            failure = Failure(message=f"controller: {type(error).__name__}: {error}")
+            await self._advance(membership.Broke(failure))
+            if not self._is_over():  # it failed while it ended
+                self._write([{"event": "ended", "outcome": Outcome.FAILED.value, "failure": asdict(failure)}])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

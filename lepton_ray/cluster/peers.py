@@ -1,0 +1,37 @@
+"""The workers of a generation, joined through Ray's collective API on our backend."""
+
+from __future__ import annotations
+
+import ray.util.collective as collective
+import torch
+
+from lepton_ray.collective import ray_group
+
+
+class RayPeers:
+    """A group of worker actors; see `train.peers.Peers`."""
+
+    def __init__(self, group: str, rank: int, world: int, timeout_s: float) -> None:
+        """Join `group`, which all `world` members do. timeout_s: longest wait for a peer without progress."""
+        self.rank, self.world, self._group = rank, world, group
+        if world > 1:
+            ray_group.register(timeout_s=timeout_s)
+            collective.init_collective_group(world, rank, backend="LEPTON", group_name=group)
+
+    def allreduce(self, tensor: torch.Tensor) -> None:
+        if self.world > 1:
+            collective.allreduce(tensor, group_name=self._group)
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        if self.world > 1:
+            collective.broadcast(tensor, src_rank=0, group_name=self._group)
+
+    def abort(self) -> None:
+        """Break what waits in this group, here and at the peers. May be called from any thread."""
+        if self.world > 1:
+            ray_group.abort(self._group)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.world > 1 and collective.is_group_initialized(self._group):
+            collective.destroy_collective_group(self._group)

@@ -1,0 +1,254 @@
+"""The worker actor: one process, one device, one rank of a job; between jobs it waits, warm, for the next.
+
+Ray calls run on a few threads: `train` keeps one of them busy for as long as the job lasts, the others stay
+responsive.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from lepton_ray.cluster.reporter import Reporter
+from lepton_ray.errors import ConfigError, PeerLost, RunFailed, WaitTimeout
+from lepton_ray.plan.membership import Failure
+from lepton_ray.storage import Folder
+
+if TYPE_CHECKING:  # torch must not be imported before the process says so
+    import torch
+
+    from lepton_ray.train.spec import TrainSpec
+
+THREADS = 4
+"""Ray calls that may run at once: train, stop, and two to spare."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a worker needs to take its place in a generation."""
+
+    generation: int
+    rank: int
+    world: int
+    group: str
+    spec: Any  # ObjectRef of a TrainSpec
+    train_source: Any  # ObjectRef of a Source
+    test_source: Any  # ObjectRef of a Source, or None
+    path: Sequence[str]
+    """The driver's import path, so that what it could import can be imported here."""
+    collective_timeout_s: float
+
+
+class Worker:
+    """Hosts one rank. Calls come from the controller that holds the lease."""
+
+    def __init__(self) -> None:
+        os.environ["KERAS_BACKEND"] = "torch"  # must stand before anything imports keras
+        self._stop = threading.Event()
+        self._holder: Any = None
+        self._lease_s = 60.0
+        self._assignment: Assignment | None = None
+        self._task: Any = None
+        self._outputs: list[Any] = []
+        self._imported = threading.Event()
+        threading.Thread(target=self._import, name="lepton-import", daemon=True).start()
+        threading.Thread(target=self._watch, name="lepton-lease", daemon=True).start()
+
+    def _import(self) -> None:
+        """Load what every job needs, while the controller still sets things up."""
+        try:
+            import torch  # noqa: F401
+            import ray.util.collective  # noqa: F401
+
+            import lepton_ray.train.job  # noqa: F401
+        finally:
+            self._clean = set(sys.modules)
+            self._imported.set()
+
+    def lend(self, holder: Any, lease_s: float) -> None:
+        """Name who is to be alive for this process to go on."""
+        self._holder, self._lease_s = holder, lease_s
+
+    def prepare(self) -> dict[str, Any]:
+        """Wait until everything is imported; say where this is."""
+        self._imported.wait()
+        import torch
+
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return {
+            "node": ray.util.get_node_ip_address(),
+            "pid": os.getpid(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator or "cpu"),
+        }
+
+    def form(self, assignment: Assignment) -> Failure | None:
+        """Join the group of a generation and build the model. Returns what went wrong, if anything."""
+        self._assignment = assignment
+        self._stop.clear()
+        with self._guard("form") as caught:
+            from lepton_ray.cluster.peers import RayPeers
+            from lepton_ray.train import job
+
+            sys.path[:0] = [entry for entry in assignment.path if entry not in sys.path]
+            spec: TrainSpec = ray.get(assignment.spec)
+            with self._logs(spec):
+                Folder(spec.run_url).probe()
+                peers = RayPeers(
+                    assignment.group, assignment.rank, assignment.world, timeout_s=assignment.collective_timeout_s
+                )
+                self._reporter = Reporter(self._holder, assignment.rank, assignment.generation)
+                self._task = job.Task(
+                    spec,
+                    train_source=ray.get(assignment.train_source) if assignment.train_source is not None else None,
+                    test_source=ray.get(assignment.test_source) if assignment.test_source is not None else None,
+                    peers=peers,
+                    device=_device(),
+                    report=self._reporter.report,
+                    wish=self._stop.is_set,
+                )
+            self._peers, self._spec = peers, spec
+        return caught.failure
+
+    def train(self) -> Failure | None:
+        """Do the job to its end, or to a stop that all workers agreed on. Returns what went wrong, if anything."""
+        with self._guard("train") as caught, self._logs(self._spec):
+            self._outputs = self._task.run()
+        with suppress(RayActorError, GetTimeoutError):
+            self._reporter.close()
+        self._peers.close()
+        if caught.failure is None:
+            self._task.close()
+        return caught.failure
+
+    def outputs(self) -> list[Any]:
+        """Return the numbered blocks of a prediction."""
+        return self._outputs
+
+    def stop(self) -> None:
+        """Vote for a stop at the next ballot."""
+        self._stop.set()
+
+    def abort(self) -> None:
+        """Break a collective that waits."""
+        if self._task is not None:
+            self._peers.abort()
+
+    def reset(self) -> bool:
+        """Forget the job; return whether the process is as good as new for another."""
+        self._task = self._assignment = self._spec = None
+        self._outputs = []
+        import gc
+
+        import torch
+
+        gc.collect()
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        # Modules of the user's own may change on disk before the next job: such a process is not handed on.
+        return not any(_is_user_module(name) for name in set(sys.modules) - self._clean)
+
+    def _watch(self) -> None:
+        """End this process when the holder of its lease is gone: nobody else would."""
+        import time
+
+        asked_s = time.monotonic()
+        while True:
+            time.sleep(min(2.0, self._lease_s / 4))
+            holder = self._holder
+            if holder is None:
+                if time.monotonic() - asked_s > self._lease_s:
+                    os._exit(1)
+                continue
+            try:
+                ray.get(holder.ping.remote(), timeout=self._lease_s)
+            except (RayActorError, GetTimeoutError):
+                if holder is self._holder:
+                    os._exit(1)
+
+    @contextmanager
+    def _guard(self, what: str) -> Any:
+        """Turn an exception into a Failure that can be shown without a wall of Ray frames."""
+        caught = _Caught()
+        try:
+            yield caught
+        except (PeerLost, WaitTimeout) as error:
+            caught.failure = self._failure(error, is_echo=True)
+        except BaseException as error:  # noqa: BLE001 - whatever user code raises ends the run, in words
+            caught.failure = self._failure(error, is_echo=False)
+        if caught.failure is not None and self._assignment is not None:
+            with suppress(Exception):
+                self._peers.abort()
+
+    def _failure(self, error: BaseException, *, is_echo: bool) -> Failure:
+        is_ours = isinstance(error, (ConfigError, RunFailed, PeerLost, WaitTimeout))
+        return Failure(
+            message=str(error) if is_ours else f"{type(error).__name__}: {error}",
+            rank=self._assignment.rank if self._assignment else None,
+            step=getattr(self._task, "step", None),
+            traceback="" if is_ours else _user_traceback(error),
+            is_echo=is_echo,
+        )
+
+    @contextmanager
+    def _logs(self, spec: TrainSpec) -> Any:
+        """Let what this process prints go to the run's folder."""
+        assert self._assignment is not None
+        name = f"rank-{self._assignment.rank}.log"
+        folder = Folder(spec.run_url).sub("logs")
+        path = os.path.join(folder.url, name) if folder.is_local else f"/tmp/lepton_ray-{os.getpid()}-{name}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        sys.stdout.flush(), sys.stderr.flush()
+        kept = os.dup(1), os.dup(2)
+        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.dup2(target, 1), os.dup2(target, 2)
+            yield
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+            for descriptor in (*kept, target):
+                os.close(descriptor)
+            if not folder.is_local:
+                with open(path, "rb") as file:
+                    folder.write(name, file.read())
+
+
+@dataclass(slots=True)
+class _Caught:
+    failure: Failure | None = None
+
+
+def _device() -> torch.device:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _user_traceback(error: BaseException) -> str:
+    """Format a traceback from the first frame of the user's code on (all of it when there is none)."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(own)), 0)
+    lines = ["Traceback (most recent call last, in the worker):\n", *traceback.format_list(frames[first:])]
+    return "".join(lines + traceback.format_exception_only(error)).rstrip()
+
+
+def _is_user_module(name: str) -> bool:
+    """Tell a module that lives in the user's folders from an installed one."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if not file or name.split(".")[0] == "lepton_ray":
+        return False
+    installed = (sys.prefix, sys.base_prefix, os.path.dirname(os.__file__))
+    return not file.startswith(installed) and "site-packages" not in file

@@ -1,0 +1,284 @@
+"""Put `Ring` under Ray's collective API as the backend "LEPTON".
+
+    register()
+    ray.util.collective.init_collective_group(world, rank, backend="LEPTON", group_name="job/1")
+    ray.util.collective.allreduce(tensor, group_name="job/1")
+
+Ray's API takes torch tensors and numpy arrays. CPU tensors that are contiguous are reduced where they lie; others, and
+tensors on an accelerator, travel through a contiguous copy in host memory.
+
+Ranks meet through Ray's internal key-value store. The keys live only while the group is being formed. The name of a
+group that failed is spent: put a generation into it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, ClassVar
+from urllib.parse import quote
+from weakref import WeakValueDictionary
+
+import numpy as np
+import ray
+import torch
+from ray.experimental import internal_kv
+from ray.util.collective.backend_registry import _global_registry, register_collective_backend
+from ray.util.collective.collective_group.base_collective_group import BaseGroup
+from ray.util.collective.types import ReduceOp
+
+from lepton_ray.collective.ring import MAX, MIN, PRODUCT, SUM, Array, Reduction, Ring
+from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout
+
+BACKEND = "LEPTON"
+_NAMESPACE = b"lepton"
+_POLL_S = 0.002  # the key-value store has no way to wait for a key
+
+Tensor = Any  # torch.Tensor or np.ndarray, as Ray's API hands it over
+Options = Any  # Ray hands over an instance, its class, or nothing
+
+# numpy has no bfloat16. As an opaque two-byte type it passes through Ring, which never looks inside.
+_BFLOAT16 = np.dtype([("bfloat16", "<i2")])
+
+_forming_or_formed: WeakValueDictionary[str, LeptonGroup] = WeakValueDictionary()
+
+
+def register(timeout_s: float | None = None) -> None:
+    """Make the backend known to Ray in this process: the driver's and each actor's. May be called again.
+
+    timeout_s: how long the groups that this process forms from now on wait without progress; Ray has no way to pass it
+    to a backend of our own. None leaves it as it is, 60 s at first.
+    """
+    if timeout_s is not None:
+        LeptonGroup.timeout_s = timeout_s
+    if not _global_registry.is_registered(BACKEND):
+        register_collective_backend(BACKEND, LeptonGroup)
+
+
+def abort(group_name: str, reason: str = "aborted") -> bool:
+    """End a group of this process, formed or still forming, from any thread; return whether there is one.
+
+    Ray's own look-up is of no use here: it holds its lock while a group forms.
+    """
+    group = _forming_or_formed.get(group_name)
+    if group is not None:
+        group.abort(reason)
+    return group is not None
+
+
+class LeptonGroup(BaseGroup):
+    """One process's part of a group. Made by Ray, in an actor or task."""
+
+    timeout_s: ClassVar[float] = 60
+
+    def __init__(self, world_size: int, rank: int, group_name: str) -> None:
+        super().__init__(world_size, rank, group_name)
+        self._aborted: str | None = None
+        self._ring: Ring | None = None
+        _forming_or_formed[group_name] = self
+        prefix = f"collective/{quote(group_name, safe='')}/"
+        deadline_s = time.monotonic() + self.timeout_s
+        if world_size == 1:
+            self._ring = Ring(rank, world_size, secret=b"")
+            return
+        try:
+            if rank == 0:
+                secret = secrets.token_bytes(32)
+                internal_kv._internal_kv_put(prefix + "secret", secret, overwrite=True, namespace=_NAMESPACE)
+            else:
+                secret = self._await_key(prefix + "secret", "rank 0", deadline_s)
+            self._ring = Ring(
+                rank, world_size, secret=secret, timeout_s=self.timeout_s, host=ray.util.get_node_ip_address()
+            )
+            if self._aborted is not None:
+                self._ring.abort(self._aborted)
+
+            def exchange(address: bytes) -> Sequence[bytes]:
+                internal_kv._internal_kv_put(prefix + str(rank), address, overwrite=True, namespace=_NAMESPACE)
+                return [
+                    address if peer == rank else self._await_key(prefix + str(peer), f"rank {peer}", deadline_s)
+                    for peer in range(world_size)
+                ]
+
+            self._ring.form(exchange)
+            if rank == 0:  # all have connected to us, so all have read all addresses
+                internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
+            # Nobody goes on, and perhaps forms a group of this name again, before the keys are gone.
+            self._ring.barrier()
+        except BaseException:
+            if self._ring is not None:
+                self._ring.close()
+            keys = [prefix + str(rank)] + [prefix + "secret"] * (rank == 0)
+            for key in keys:
+                internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+            raise
+
+    def _await_key(self, key: str, owner: str, deadline_s: float) -> bytes:
+        while True:
+            value = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+            if value is not None:
+                return bytes(value)
+            if self._aborted is not None:
+                raise PeerLost(f"rank {self._rank} stopped forming group {self._group_name!r}: {self._aborted}")
+            if time.monotonic() > deadline_s:
+                raise WaitTimeout(
+                    f"rank {self._rank} of group {self._group_name!r} waited {self.timeout_s:g} s for {owner} to show "
+                    "up. Every rank must call init_collective_group with the same group_name and world_size."
+                )
+            time.sleep(_POLL_S)
+
+    @classmethod
+    def backend(cls) -> str:
+        return BACKEND
+
+    @classmethod
+    def check_backend_availability(cls) -> bool:
+        return True
+
+    def abort(self, reason: str = "aborted") -> None:
+        """End the group from any thread: operations that block in it, on any rank, raise PeerLost at once."""
+        self._aborted = reason
+        if self._ring is not None:
+            self._ring.abort(reason)
+
+    def destroy_group(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+        if _forming_or_formed.get(self._group_name) is self:
+            del _forming_or_formed[self._group_name]
+
+    def allreduce(self, tensor: list[Tensor], allreduce_options: Options = None) -> None:
+        with self._within(allreduce_options) as ring, _flat(tensor[0]) as array:
+            ring.allreduce(array, _reduction(tensor[0], allreduce_options))
+
+    def barrier(self, barrier_options: Options = None) -> None:
+        with self._within(barrier_options) as ring:
+            ring.barrier()
+
+    def reduce(self, tensor: list[Tensor], reduce_options: Options = None) -> None:
+        root = reduce_options.root_rank if reduce_options is not None else 0
+        with self._within(reduce_options) as ring, _flat(tensor[0], is_written=root == self._rank) as array:
+            ring.reduce(array, root, _reduction(tensor[0], reduce_options))
+
+    def broadcast(self, tensor: list[Tensor], broadcast_options: Options = None) -> None:
+        root = broadcast_options.root_rank if broadcast_options is not None else 0
+        with self._within(broadcast_options) as ring, _flat(tensor[0], is_written=root != self._rank) as array:
+            ring.broadcast(array, root)
+
+    def allgather(
+        self, tensor_list: list[list[Tensor]], tensor: list[Tensor], allgather_options: Options = None
+    ) -> None:
+        outputs = tensor_list[0]
+        with self._within(allgather_options) as ring, _flat(tensor[0], is_written=False) as array:
+            if len(outputs) != self._world_size:
+                raise ConfigError(f"allgather got {len(outputs)} output tensors for {self._world_size} ranks.")
+            for output in outputs:
+                _check_alike("allgather", output, tensor[0])
+            rows = ring.allgather(array)
+        for output, row in zip(outputs, rows):
+            with _flat(output) as target:
+                target[:] = row
+
+    def reducescatter(
+        self, tensor: list[Tensor], tensor_list: list[list[Tensor]], reducescatter_options: Options = None
+    ) -> None:
+        inputs = tensor_list[0]
+        if len(inputs) != self._world_size:
+            raise ConfigError(f"reducescatter got {len(inputs)} input tensors for {self._world_size} ranks.")
+        for each in inputs:
+            _check_alike("reducescatter", each, tensor[0])
+        with self._within(reducescatter_options) as ring, _flat(tensor[0]) as output:
+            joined = np.empty(output.size * self._world_size, output.dtype)
+            for row, each in zip(joined.reshape(self._world_size, output.size), inputs):
+                with _flat(each, is_written=False) as array:
+                    row[:] = array
+            output[:] = ring.reducescatter(joined, _reduction(tensor[0], reducescatter_options))
+
+    def send(self, tensor: list[Tensor], send_options: Options) -> None:
+        with self._within(send_options) as ring, _flat(tensor[0], is_written=False) as array:
+            ring.send(array, send_options.dst_rank)
+
+    def recv(self, tensor: list[Tensor], recv_options: Options) -> None:
+        with self._within(recv_options) as ring, _flat(tensor[0]) as array:
+            ring.recv(array, recv_options.src_rank)
+
+    @contextmanager
+    def _within(self, options: Options) -> Iterator[Ring]:
+        """Give the ring, under the time limit of the options if they set one (Ray's own functions never do)."""
+        assert self._ring is not None
+        limit: timedelta | None = getattr(options, "timeout_ms", None)
+        if limit is None or limit <= timedelta(0):
+            yield self._ring
+        else:
+            with self._ring.limited(limit.total_seconds()):
+                yield self._ring
+
+
+@contextmanager
+def _flat(tensor: Tensor, *, is_written: bool = True) -> Iterator[Array]:
+    """Show a tensor as a 1-D array: in place if it is contiguous and in host memory, otherwise by way of a copy."""
+    if isinstance(tensor, torch.Tensor):
+        source = tensor.detach()
+        if source.layout != torch.strided:
+            raise ConfigError(f"the collective got a {source.layout} tensor. Use tensor.to_dense().")
+        host = source.resolve_conj().resolve_neg().cpu().contiguous()
+        flat = host.reshape(-1)
+        yield flat.view(torch.int16).numpy().view(_BFLOAT16) if flat.dtype == torch.bfloat16 else flat.numpy()
+        if is_written and host.data_ptr() != source.data_ptr():
+            source.copy_(host)
+    elif isinstance(tensor, np.ndarray):
+        if is_written and not tensor.flags.writeable:
+            raise ConfigError(
+                "the collective would write its result into a read-only array (such as ray.get returns). Use x.copy()."
+            )
+        contiguous = np.ascontiguousarray(tensor)
+        yield contiguous.reshape(-1)
+        if is_written and not np.may_share_memory(contiguous, tensor):
+            tensor[...] = contiguous.reshape(tensor.shape)
+    else:
+        raise ConfigError(f"the collective got a {type(tensor).__name__}: expected a torch tensor or a numpy array.")
+
+
+def _check_alike(call: str, one: Tensor, other: Tensor) -> None:
+    if tuple(one.shape) != tuple(other.shape) or str(one.dtype).removeprefix("torch.") != str(other.dtype).removeprefix(
+        "torch."
+    ):
+        raise ConfigError(
+            f"{call} got a tensor of shape {tuple(one.shape)} and dtype {one.dtype} beside one of shape "
+            f"{tuple(other.shape)} and dtype {other.dtype}: all must be alike."
+        )
+
+
+def _in_torch(dtype: torch.dtype, plain: Reduction, apply: Callable[..., object]) -> Reduction:
+    """Reduce two-byte floats with torch: numpy knows one of them not at all and the other without SIMD."""
+
+    def reduce(first: Array, second: Array, out: Array) -> None:
+        views = (torch.from_numpy(each.view(np.int16)).view(dtype) for each in (first, second))
+        apply(*views, out=torch.from_numpy(out.view(np.int16)).view(dtype))
+
+    return Reduction(plain.name, plain.code, reduce)
+
+
+_PLAIN = {ReduceOp.SUM: SUM, ReduceOp.PRODUCT: PRODUCT, ReduceOp.MIN: MIN, ReduceOp.MAX: MAX}
+_TORCH: dict[Reduction, Callable[..., object]] = {SUM: torch.add, PRODUCT: torch.mul, MIN: torch.minimum, MAX: torch.maximum}
+_HALF = {
+    (dtype, op): _in_torch(dtype, plain, _TORCH[plain])
+    for dtype in (torch.float16, torch.bfloat16)
+    for op, plain in _PLAIN.items()
+}
+
+
+def _reduction(tensor: Tensor, options: Options) -> Reduction:
+    """Read the reduction from options that a caller has set. Defaults mean nothing: Ray's allreduce writes its op into
+    the options class, whose fresh instances then carry it."""
+    op = options.reduceOp if options is not None else ReduceOp.SUM
+    if op not in _PLAIN:
+        raise ConfigError(f"the collective got op={op!r}: expected one of {', '.join(each.name for each in _PLAIN)}.")
+    dtype = tensor.dtype
+    is_complex = dtype.is_complex if isinstance(dtype, torch.dtype) else dtype.kind == "c"
+    if is_complex and op in (ReduceOp.MIN, ReduceOp.MAX):
+        raise ConfigError(f"the collective got op={op.name} for {dtype}: complex numbers have no order.")
+    return _HALF.get((dtype, op), _PLAIN[op])

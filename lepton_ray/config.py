@@ -1,0 +1,170 @@
+"""What the user writes: frozen dataclasses, checked where they are built.
+
+Checks inside one object live in its `__post_init__`; checks between objects in `check`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lepton_ray.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "fp16")
+
+
+def _positive(owner: str, name: str, value: float, *, least: float = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value < least:
+        raise ConfigError(f"{owner}({name}={value!r}): expected a number >= {least:g}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """How much data makes one step."""
+
+    samples: int = 64
+    """Samples of one step over all workers together (the global batch)."""
+    microbatches: int | None = None
+    """Pieces that a step is cut into; the unit of work and of random numbers. None: the number of workers."""
+    clip_norm: float | None = None
+    """Largest L2 norm of the mean gradient of a step; larger ones are scaled down to it. None: no clipping."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.samples, int):
+            raise ConfigError(f"Batch(samples={self.samples!r}): expected a whole number of samples.")
+        _positive("Batch", "samples", self.samples)
+        if self.microbatches is not None:
+            if not isinstance(self.microbatches, int):
+                raise ConfigError(f"Batch(microbatches={self.microbatches!r}): expected a whole number.")
+            _positive("Batch", "microbatches", self.microbatches)
+            if self.samples < self.microbatches:
+                raise ConfigError(
+                    f"Batch(samples={self.samples}, microbatches={self.microbatches}): a microbatch would be empty. "
+                    f"Use at least {self.microbatches} samples or at most {self.samples} microbatches."
+                )
+        if self.clip_norm is not None:
+            _positive("Batch", "clip_norm", self.clip_norm, least=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What one worker asks of Ray."""
+
+    cpus: float = 1
+    """CPUs of one worker; torch uses as many threads (at least one)."""
+    gpus: float | None = None
+    """GPUs of one worker. None: one when the cluster has at least num_workers of them, otherwise none."""
+    custom: dict[str, float] = field(default_factory=dict)
+    """Further Ray resources, for example {"TPU": 1}."""
+
+    def __post_init__(self) -> None:
+        _positive("Resources", "cpus", self.cpus, least=0)
+        if self.gpus is not None:
+            _positive("Resources", "gpus", self.gpus, least=0)
+        for name, amount in self.custom.items():
+            _positive("Resources", f"custom[{name!r}]", amount, least=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """How patient a run is."""
+
+    collective_timeout_s: float = 60
+    """Longest time that a collective waits for a peer without progress."""
+    start_timeout_s: float = 120
+    """Longest time from admission until all workers are ready (process start, imports)."""
+    admit_timeout_s: float = 600
+    """Longest time that a job waits for resources that other jobs hold."""
+    lease_s: float = 15
+    """A worker ends itself when its controller, and a controller when its driver, was silent for so long."""
+
+    def __post_init__(self) -> None:
+        for name in ("collective_timeout_s", "start_timeout_s", "admit_timeout_s", "lease_s"):
+            _positive("Faults", name, getattr(self, name), least=0.1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """How one copy of the model is laid out. One replica is pipeline x tensor x shard workers."""
+
+    pipeline: int = 1
+    tensor: int = 1
+    shard: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("pipeline", "tensor", "shard"):
+            _positive("Parallel", name, getattr(self, name))
+
+    @property
+    def replica_size(self) -> int:
+        """Workers that hold one whole copy of the model."""
+        return self.pipeline * self.tensor * self.shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoints:
+    """When the training state is written, and what is kept."""
+
+    every_steps: int | None = None
+    """Steps between checkpoints. None: at the end of each epoch and at the end of the run."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    best: str | None = None
+    """A metric, for example "test_accuracy": the checkpoint with its best value is kept as well."""
+    best_mode: Literal["auto", "min", "max"] = "auto"
+    """Whether small or large is better. "auto": max when the name holds accuracy, auc, f1 or top, otherwise min."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None:
+            _positive("Checkpoints", "every_steps", self.every_steps)
+        _positive("Checkpoints", "keep", self.keep)
+        if self.best_mode not in ("auto", "min", "max"):
+            raise ConfigError(f"Checkpoints(best_mode={self.best_mode!r}): expected 'auto', 'min' or 'max'.")
+
+
+def check(
+    *,
+    num_workers: int,
+    batch: Batch,
+    epochs: int | None,
+    steps: int | None,
+    precision: str,
+    parallel: Parallel,
+    seed: int,
+    validate_every: int | None,
+) -> Batch:
+    """Check what concerns several options at once; return the batch with its microbatches filled in.
+
+    Raises ConfigError.
+    """
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
+        raise ConfigError(f"num_workers={num_workers!r}: expected a whole number >= 1.")
+    if epochs is not None and steps is not None:
+        raise ConfigError(f"epochs={epochs} and steps={steps} contradict each other. Give one of them.")
+    for name, value in (("epochs", epochs), ("steps", steps), ("validate_every", validate_every)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name}={value!r}: expected a whole number >= 1.")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1.")
+    size = parallel.replica_size
+    if size > 1:
+        raise ConfigError(
+            f"Parallel(pipeline={parallel.pipeline}, tensor={parallel.tensor}, shard={parallel.shard}) asks for replicas "
+            f"of {size} workers; this version trains replicas of one worker (data parallelism). Use Parallel()."
+        )
+    microbatches = batch.microbatches or num_workers
+    if batch.samples < microbatches:
+        raise ConfigError(
+            f"batch={batch.samples} samples cannot feed {microbatches} microbatches (one per worker by default). "
+            f"Use a batch of at least {microbatches}, or fewer workers."
+        )
+    if microbatches < num_workers:
+        raise ConfigError(
+            f"Batch(microbatches={microbatches}) is smaller than num_workers={num_workers}: "
+            f"{num_workers - microbatches} workers would idle. Use microbatches >= {num_workers} or fewer workers."
+        )
+    return Batch(samples=batch.samples, microbatches=microbatches, clip_norm=batch.clip_norm)

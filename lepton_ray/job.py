@@ -1,0 +1,204 @@
+"""A run, as the driver sees it: follow it, wait for it, stop it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from lepton_ray import journal
+from lepton_ray.cluster.connect import connect
+from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE, controller_name
+from lepton_ray.errors import ConfigError, RunCancelled, RunFailed, WaitTimeout, WorkerFailed
+from lepton_ray.plan.membership import Outcome
+from lepton_ray.progress import Progress
+from lepton_ray.result import Result, make_result
+from lepton_ray.storage import Folder
+
+
+class Job:
+    """A run that goes on by itself. Obtained from `DistributedTrainer.submit` or `attach`."""
+
+    def __init__(
+        self, name: str, path: str, controller: Any, model: Any = None, on_result: Callable[[Result], None] | None = None
+    ) -> None:
+        self.name, self.path = name, path
+        self._controller, self._model, self._on_result = controller, model, on_result
+        self._records: list[dict[str, Any]] = []
+        self._is_over = False
+
+    @classmethod
+    def finished(
+        cls, name: str, path: str, records: list[dict[str, Any]], model: Any, on_result: Callable[[Result], None]
+    ) -> Job:
+        """Return a job whose run ended before, from its journal."""
+        job = cls(name, path, None, model, on_result)
+        job._records, job._is_over = records, True
+        return job
+
+    def __repr__(self) -> str:
+        return f"Job({self.name!r}, path={self.path!r})"
+
+    def status(self) -> dict[str, Any]:
+        """Return phase, outcome, generation and the newest step's numbers."""
+        try:
+            if self._controller is None:
+                return {"name": self.name, "phase": "ended", "outcome": "finished", "path": self.path}
+            return dict(ray.get(self._controller.status.remote(), timeout=CALL_TIMEOUT_S))
+        except RayActorError:
+            records = journal.read(Folder(self.path))
+            ended = next((r for r in reversed(records) if r["event"] == "ended"), None)
+            return {
+                "name": self.name,
+                "phase": "ended",
+                "outcome": ended["outcome"] if ended else "lost",
+                "path": self.path,
+            }
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield the run's journal records from this controller's start on, waiting for new ones until it ends."""
+        position = 0
+        while True:
+            yield from self._records[position:]
+            position = len(self._records)
+            if self._is_over:
+                return
+            self._fetch()
+
+    def wait(self, timeout_s: float | None = None) -> Result:
+        """Wait for the end and return the result.
+
+        Raises RunFailed (WorkerFailed when user code raised), RunCancelled, or WaitTimeout after timeout_s; the run
+        goes on after the last.
+        """
+        return self._wait(timeout_s, show=lambda record: None)
+
+    def follow(self, steps: int | None, epochs: int | None) -> Result:
+        """Wait for the end with a progress line. Ctrl-C and SIGTERM stop the run with a checkpoint first."""
+        with _stopping_on_signals(self) as stop, Progress(steps=steps, epochs=epochs) as progress:
+            try:
+                return self._wait(None, show=progress.show)
+            except RunCancelled as error:
+                if stop.signal is None:
+                    raise
+                progress.show({"event": "note", "text": f"{error} Run again with name={self.name!r} to go on."})
+        if stop.signal is signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Stop at the next step boundary, with a checkpoint. Returns at once; `wait` then raises RunCancelled."""
+        with suppress(RayActorError):
+            ray.get(self._controller.stop.remote(reason), timeout=CALL_TIMEOUT_S)
+
+    def collect(self) -> tuple[list[dict[str, Any]], list[Any]]:
+        """Wait for a job without a journal; return its records and what its workers predicted."""
+        records = list(self.events())
+        ended = records[-1]
+        if ended["outcome"] != Outcome.FINISHED:
+            self._conclude()
+        outputs = ray.get(ray.get(self._controller.outputs.remote(), timeout=CALL_TIMEOUT_S))
+        self._controller.close.remote()
+        return records, outputs
+
+    def _wait(self, timeout_s: float | None, show: Callable[[Mapping[str, Any]], None]) -> Result:
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        position = 0
+        while True:
+            for record in self._records[position:]:
+                show(record)
+            position = len(self._records)
+            if self._is_over:
+                return self._conclude()
+            if deadline_s is not None and time.monotonic() > deadline_s:
+                raise WaitTimeout(f"job {self.name!r} did not end within {timeout_s:g} s; it goes on. Wait again.")
+            self._fetch()
+
+    def _fetch(self) -> None:
+        """Ask for new records; the controller answers within a few seconds, with or without any."""
+        try:
+            fresh, over = ray.get(self._controller.events.remote(len(self._records)), timeout=CALL_TIMEOUT_S)
+        except GetTimeoutError:
+            raise WaitTimeout(f"the controller of {self.name!r} did not answer within {CALL_TIMEOUT_S:g} s") from None
+        except RayActorError:
+            records = journal.read(Folder(self.path))
+            if not records or records[-1]["event"] != "ended":
+                raise RunFailed(
+                    f"the controller of {self.name!r} died. Journal and checkpoints are in {self.path}; "
+                    "start the run again under its name to go on."
+                ) from None
+            fresh, over = records[len(self._records) :], True
+        self._records += fresh
+        self._is_over = over
+
+    def _conclude(self) -> Result:
+        ended = next(record for record in reversed(self._records) if record["event"] == "ended")
+        if self._controller is not None:
+            with suppress(RayActorError):
+                self._controller.close.remote()
+        match Outcome(ended["outcome"]):
+            case Outcome.FAILED:
+                raise failure_error(ended["failure"], self.path)
+            case Outcome.CANCELLED:
+                raise RunCancelled(
+                    f"{self.name} stopped: {ended['reason']}. Its checkpoint and journal are in {self.path}."
+                )
+        result = make_result(self.name, self.path, journal.read(Folder(self.path)), self._model)
+        if self._on_result:
+            self._on_result(result)
+        return result
+
+
+def failure_error(failure: Mapping[str, Any], path: str) -> RunFailed:
+    """Turn a recorded failure into the error that the user sees."""
+    where = f"Journal, worker logs and the last checkpoint are in {path}."
+    if failure["traceback"]:
+        rank, step = failure["rank"], failure["step"]
+        return WorkerFailed(failure["message"], -1 if rank is None else rank, -1 if step is None else step, failure["traceback"] + f"\n\n{where}")
+    place = "" if failure["rank"] is None else f" (rank {failure['rank']}"
+    place += f", step {failure['step']})" if place and failure["step"] is not None else ")" if place else ""
+    return RunFailed(f"{failure['message']}{place}\n{where}")
+
+
+def attach(name: str) -> Job:
+    """Find a running job from another process or a notebook. Raises ConfigError when there is none of that name."""
+    connect(1)
+    try:
+        controller = ray.get_actor(controller_name(name), namespace=NAMESPACE)
+    except ValueError:
+        raise ConfigError(f"no job named {name!r} is running on this cluster.") from None
+    status = ray.get(controller.status.remote(), timeout=CALL_TIMEOUT_S)
+    return Job(name, status["path"], controller)
+
+
+class _Stop:
+    signal: signal.Signals | None = None
+
+
+@contextmanager
+def _stopping_on_signals(job: Job) -> Iterator[_Stop]:
+    """Let the first Ctrl-C or SIGTERM ask the job to stop, and the second one interrupt at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = signal.Signals(number)
+        job._controller.stop.remote(f"stopped by {stop.signal.name}")
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

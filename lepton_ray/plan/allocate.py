@@ -1,0 +1,98 @@
+"""Decide which job gets workers now: first come, first served, warm workers before new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lepton_ray.plan.types import Node, Request, Slot
+
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warm:
+    """An idle worker that a finished job left, or that somebody asked to keep warm."""
+
+    worker: str
+    slot: Slot
+    environment: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Start now: reuse these warm workers, end those to make room, and create the rest."""
+
+    reuse: tuple[str, ...]
+    evict: tuple[str, ...]
+    create: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """Not now, but when others end."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refuse:
+    """Never on this cluster."""
+
+    reason: str
+
+
+def fit(nodes: Sequence[Mapping[str, float]], slot: Slot, most: int) -> int:
+    """Count how many slots fit on the nodes at once, up to `most`."""
+    count = 0
+    for node in nodes:
+        shares = [
+            int((node.get(name, 0.0) + _TOLERANCE) / amount) for name, amount in slot.resources.items() if amount > 0
+        ]
+        count += min(shares, default=most)
+    return min(count, most)
+
+
+def admit(request: Request, nodes: Sequence[Node], pool: Sequence[Warm]) -> Grant | Wait | Refuse:
+    """Decide on the first job of the queue."""
+    slot, workers = request.slot, request.workers
+    possible = fit([node.total for node in nodes], slot, workers)
+    if possible < workers:
+        return Refuse(reason=shortage(request, nodes, possible))
+    fitting = [w for w in pool if w.slot == slot and w.environment == request.environment]
+    reuse = fitting[:workers]
+    create = workers - len(reuse)
+    if fit([node.free for node in nodes], slot, create) >= create:
+        return Grant(
+            reuse=tuple(w.worker for w in reuse),
+            evict=(),
+            create=create,
+            reason=f"{len(reuse)} warm and {create} new workers of {slot}",
+        )
+    others = [w for w in pool if w not in reuse]
+    if others:
+        return Grant(
+            reuse=tuple(w.worker for w in reuse),
+            evict=tuple(w.worker for w in others),
+            create=create,
+            reason=f"{len(others)} idle warm workers end to make room",
+        )
+    free = fit([node.free for node in nodes], slot, create)
+    return Wait(reason=f"{request.job} waits for {create} x ({slot}); there is room for {free} now")
+
+
+def shortage(request: Request, nodes: Sequence[Node], possible: int) -> str:
+    """Say what was asked, what the cluster has, and what to change."""
+    has = ", ".join(f"{node.name}: {Slot(resources=_plain(node.total))}" for node in nodes) or "no nodes"
+    return (
+        f"num_workers={request.workers} asks for {request.workers} x ({request.slot}), but the cluster can hold {possible} "
+        f"({has}). Use num_workers={possible}, smaller Resources(...), or a larger cluster."
+        if possible
+        else f"one worker asks for {request.slot}, and no node of the cluster has that ({has}). Change Resources(...)."
+    )
+
+
+def _plain(resources: Mapping[str, float]) -> dict[str, float]:
+    """Leave out what Ray counts but nobody asks for (memory in bytes, node names)."""
+    return {name: amount for name, amount in resources.items() if ":" not in name and not name.endswith("memory")}

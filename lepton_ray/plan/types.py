@@ -1,0 +1,40 @@
+"""Values that planners share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """The resources of one worker on one node, as Ray counts them: {"CPU": 1, "GPU": 1}."""
+
+    resources: Mapping[str, float]
+
+    def key(self) -> str:
+        """Return a text that equal slots share."""
+        return ",".join(f"{name}={amount:g}" for name, amount in sorted(self.resources.items()) if amount)
+
+    def __str__(self) -> str:
+        return " + ".join(f"{amount:g} {name}" for name, amount in sorted(self.resources.items()) if amount) or "nothing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A node of the cluster: all it has, and what is free now."""
+
+    name: str
+    total: Mapping[str, float]
+    free: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a job asks of the scheduler."""
+
+    job: str
+    workers: int
+    slot: Slot
+    environment: str
+    """Workers can be reused among jobs with an equal one (Ray's runtime environment, as text)."""

@@ -1,0 +1,461 @@
+"""Keras models inside a worker, on Keras' torch backend: the model, its loss, its optimizer and its metrics.
+
+What Keras does differently from torch, and what is made of it here:
+- training or evaluation is an argument of the call;
+- BatchNorm's statistics are weights that are not trained; they are offered as buffers;
+- dropout draws from seed variables in the layers; they are set for each microbatch and are no part of the state;
+- names count up in each process; weights are known by their position.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lepton_ray.data.batch import Batch, samples, split_target
+from lepton_ray.errors import CheckpointError, ConfigError
+from lepton_ray.plan.batch import seed_of
+from lepton_ray.train.blueprint import FACTORY_HINT, describe, weight_names
+from lepton_ray.train.model import Buffer, Model
+from lepton_ray.train.objective import Objective, Outcome, call
+from lepton_ray.train.words import TargetFacts, infer_loss
+
+_WRONG_BACKEND = (
+    "a Keras model is trained on Keras' torch backend, but this process runs {found}. "
+    "Set the environment variable KERAS_BACKEND=torch before the process imports keras."
+)
+
+if os.environ.get("KERAS_BACKEND") != "torch":
+    raise ConfigError(_WRONG_BACKEND.format(found=f"KERAS_BACKEND={os.environ.get('KERAS_BACKEND', '(not set)')}"))
+try:
+    import keras
+
+    # Private, there since Keras 3.0 and tested: what layers without a seed of their own draw from.
+    from keras.src.random.seed_generator import global_seed_generator
+except ImportError as error:
+    raise ConfigError("a Keras model needs Keras 3 in the workers: pip install 'lepton-ray[keras]'.") from error
+if keras.config.backend() != "torch":
+    raise ConfigError(_WRONG_BACKEND.format(found=f"the {keras.config.backend()} backend"))
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+class KerasModel:
+    """A Keras model with its weights on `device`."""
+
+    def __init__(self, model: keras.Model, device: torch.device) -> None:
+        self.keras_model, self.device = model, device
+        self._training = True
+        self._takes_training = _takes(model.call, "training")
+        self._weights = dict(zip(weight_names(model), model.weights))
+        owned = {id(v) for v in model.weights}
+        self._seeds = [v for v in model.variables if id(v) not in owned]
+        for variable in model.variables:
+            variable.value.data = variable.value.data.to(device)
+
+    @property
+    def user_module(self) -> keras.Model:
+        return self.keras_model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward: one input as it is, several as Keras' list of inputs, keywords as its dict by input name."""
+        inputs: Any = kwargs or (args[0] if len(args) == 1 else list(args))
+        mode = {"training": self._training} if self._takes_training else {}
+        with self.scope():
+            return self.keras_model(inputs, **mode)
+
+    def train(self, mode: bool) -> None:
+        self._training = mode
+
+    def seed(self, seed: int) -> None:
+        with self.scope(), torch.no_grad():
+            for place, state in enumerate([global_seed_generator().state, *self._seeds]):
+                value = seed_of(seed, place) & 0x7FFFFFFF  # Keras holds seeds as int32
+                state.value.copy_(torch.tensor([value, 0]))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        trained = {id(v) for v in self.keras_model.trainable_weights}
+        return {name: v.value for name, v in self._weights.items() if id(v) in trained}
+
+    def buffers(self) -> list[Buffer]:
+        names = {id(v): name for name, v in self._weights.items()}
+        changing = _changing(self.keras_model)
+        return [Buffer(name=names[key], tensor=v.value, keep=keep) for key, (v, keep) in changing.items()]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Name all weights by position. Seeds are left out: `seed` sets them before they are used."""
+        return {name: v.value.detach() for name, v in self._weights.items()}
+
+    def penalty(self) -> torch.Tensor | None:
+        with self.scope():
+            losses = [loss.sum() for loss in self.keras_model.losses]
+        return torch.stack(losses).sum() if losses else None
+
+    def compute_loss(self, inputs: Any, target: Any, outputs: Any) -> torch.Tensor:
+        """Return the mean loss as the model computes it itself, with its penalty."""
+        model = self.keras_model
+        mode = {"training": self._training} if _takes(model.compute_loss, "training") else {}
+        with self.scope():
+            return model.compute_loss(x=inputs, y=target, y_pred=outputs, sample_weight=None, **mode)
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """Return a context in which this thread's Keras makes its tensors on the device of the model."""
+        return keras.device(str(self.device))
+
+
+def load(payload: bytes, facts: Mapping[str, Any], device: torch.device) -> keras.Model:
+    """Unpack a Keras model of a blueprint. Raises ConfigError when Keras cannot make the same model again."""
+    archive, code = pickle.loads(payload)  # made by this package, in the user's own driver
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), keras.device(str(device)):
+        # The optimizer of a model that was compiled and not trained yet has nothing to load.
+        warnings.filterwarnings("ignore", message="Skipping variable loading for optimizer")
+        path = Path(folder) / "model.keras"
+        path.write_bytes(archive)
+        try:
+            model = keras.saving.load_model(path, custom_objects=pickle.loads(code), safe_mode=False)
+        except Exception as error:  # the user's layers may raise anything
+            raise ConfigError(f"Keras cannot load model={facts['class']} on torch: {error}\n{_advice()}") from error
+    if describe(model)["sha256"] != facts["sha256"]:
+        raise ConfigError(f"Keras made model={facts['class']} with other weights than it was saved with.\n{_advice()}")
+    return model
+
+
+def _advice() -> str:
+    return f"Complete the get_config and build of its own layers, or {FACTORY_HINT}."
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _changing(model: keras.Model) -> dict[int, tuple[Any, float]]:
+    """Return what a training forward may change, by id: the variable and the part that a forward keeps of it."""
+    found: dict[int, tuple[Any, float]] = {}
+    for layer in model._flatten_layers():
+        is_norm = isinstance(layer, keras.layers.BatchNormalization)
+        if is_norm and not layer.trainable:
+            continue
+        # Private, there since Keras 3.0 and tested: unlike non_trainable_weights it leaves out the kernels of frozen
+        # layers, which no forward changes.
+        for variable in layer._non_trainable_variables:
+            found.setdefault(id(variable), (variable, layer.momentum if is_norm else 1.0))
+    return found
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KerasDefaults:
+    """What a Keras model brings along, or what was chosen for it; as `compile` takes them."""
+
+    loss: Any = None
+    optimizer: Any = None
+    metrics: Any = None
+    why: str = "the model was compiled with it"
+
+
+def defaults(model: KerasModel) -> KerasDefaults:
+    """Return what the model was compiled with; without `compile()`, nothing."""
+    config = _compiled(model)
+    return KerasDefaults(loss=config.get("loss"), optimizer=config.get("optimizer"), metrics=config.get("metrics"))
+
+
+def has_own_loss(model: KerasModel) -> bool:
+    """Tell whether the model computes its loss itself, by its own `compute_loss`."""
+    owner = next(c for c in type(model.keras_model).__mro__ if "compute_loss" in vars(c))
+    return not owner.__module__.startswith("keras.")
+
+
+def infer(activation: str | None, target: TargetFacts, outputs: tuple[int, ...]) -> KerasDefaults:
+    """Choose loss and metrics for a model that was not compiled.
+
+    activation: of the last layer. outputs: shape of the model's output for some samples.
+    Raises ConfigError when nothing follows from these.
+    """
+    choice = infer_loss(target, outputs)
+    if choice.loss == "mse":
+        return KerasDefaults(loss="mean_squared_error", optimizer="adam", metrics=["mae"], why=choice.why)
+    from_logits = activation not in ("softmax", "sigmoid")
+    why = f"{choice.why}; the last activation is {activation}"
+    metrics: list[Any] = ["accuracy"]
+    if choice.loss == "bce":
+        loss = keras.losses.BinaryCrossentropy(from_logits=from_logits)
+        metrics = [keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0 if from_logits else 0.5)]
+    elif target.is_one_hot:
+        loss = keras.losses.CategoricalCrossentropy(from_logits=from_logits)
+    else:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
+    return KerasDefaults(loss=loss, optimizer="adam", metrics=metrics, why=why)
+
+
+def last_activation(model: KerasModel) -> str | None:
+    """Return the name of the activation that the model ends with. Raises ConfigError when its layers do not tell."""
+    return _last_activation(model.keras_model)
+
+
+_RESHAPING = ("Reshape", "Flatten", "Permute", "Dropout")
+
+
+def _last_activation(model: keras.Model) -> str | None:
+    kinds = {c.__name__ for c in type(model).__mro__}
+    if not kinds & {"Functional", "Sequential"} or len(model.outputs) != 1:
+        raise ConfigError(
+            f"no loss follows from model={type(model).__name__}, whose layers do not tell its last activation. "
+            "Call model.compile(loss=...), or pass loss=."
+        )
+    last = model.outputs[0]._keras_history.operation
+    while type(last).__name__ in _RESHAPING:
+        last = last.input._keras_history.operation
+    if isinstance(last, keras.Model):
+        return _last_activation(last)
+    if type(last).__name__ in ("Softmax", "Sigmoid"):
+        return type(last).__name__.lower()
+    return getattr(getattr(last, "activation", None), "__name__", None)
+
+
+def compile_model(model: KerasModel, *, loss: Any = None, optimizer: Any = None, metrics: Any = None) -> None:
+    """Compile the model with what is given, and for the rest with what it was compiled with before.
+
+    loss, optimizer, metrics: as `keras.Model.compile` takes them. Raises ConfigError.
+    """
+    given = {"loss": loss, "optimizer": optimizer, "metrics": metrics}
+    options = {**_compiled(model), **{name: value for name, value in given.items() if value is not None}}
+    if loss is not None:
+        options.pop("loss_weights", None)
+    try:
+        with model.scope():
+            model.keras_model.compile(**options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"Keras cannot compile the model: {error}") from error
+
+
+def keras_objective(model: KerasModel) -> Objective:
+    """Return the objective of a compiled model: loss and penalty as Keras computes them, as a sum and its weight.
+
+    Exact over microbatches where Keras' loss is a mean over samples, or over the unmasked steps of one output. With
+    several masked outputs each microbatch counts by its samples. Raises ConfigError.
+    """
+    if not has_own_loss(model):
+        _check_losses(_compiled(model).get("loss"))
+
+    def objective(model: Model, batch: Batch) -> Outcome:
+        assert isinstance(model, KerasModel)
+        inputs, target = split_target(batch)
+        outputs = call(model, inputs)
+        weight = _weight(outputs, samples(batch))
+        loss_sum = model.compute_loss(inputs, target, outputs) * weight
+        return Outcome(loss_sum=loss_sum, weight=weight, outputs=outputs, target=target)
+
+    return objective
+
+
+def _compiled(model: KerasModel) -> dict[str, Any]:
+    if not model.keras_model.compiled:
+        return {}
+    # Private, there since Keras 3.0 and tested: the arguments of compile() as they were given.
+    return dict(model.keras_model._compile_config.config)
+
+
+_MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
+
+def _check_losses(losses: Any) -> None:
+    flat = keras.tree.flatten(losses) if losses is not None else []
+    if not flat:
+        raise ConfigError("the model was compiled without a loss. Call model.compile(loss=...), or pass loss=.")
+    for loss in flat:
+        if getattr(loss, "reduction", "mean") not in _MEANS:
+            raise ConfigError(
+                f"loss={type(loss).__name__}(reduction={loss.reduction!r}): its scale changes with the batch, "
+                'but gradients are means here. Use reduction="sum_over_batch_size".'
+            )
+
+
+def _weight(outputs: Any, count: int) -> float:
+    """Return what Keras divides the loss of a microbatch by: its samples, or the steps that its mask lets through."""
+    mask = getattr(outputs, "_keras_mask", None)
+    return float(count if mask is None else mask.sum())
+
+
+# --- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+class KerasOptimizer:
+    """A Keras optimizer that the loop drives like a torch optimizer."""
+
+    def __init__(self, model: KerasModel, optimizer: Any = None) -> None:
+        """optimizer: a word or a Keras optimizer; None: what the model was compiled with. Raises ConfigError."""
+        try:
+            with model.scope():
+                chosen = keras.optimizers.get(optimizer or model.keras_model.optimizer)
+        except ValueError as error:
+            raise ConfigError(f"optimizer={optimizer!r} is not known to Keras: {error}") from error
+        self.keras_optimizer, self._model = chosen, model
+        self._variables = model.keras_model.trainable_variables
+        chosen.loss_scale_factor = None  # gradients arrive unscaled
+        if not chosen.built:
+            with model.scope():
+                chosen.build(self._variables)
+
+    def step(self) -> None:
+        """Update the parameters with their gradients; those without one stay as they are."""
+        gradients = [v.value.grad for v in self._variables]
+        with self._model.scope(), torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Gradients do not exist for variables")
+            self.keras_optimizer.apply(gradients, self._variables)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or set them to zero."""
+        for variable in self._variables:
+            if set_to_none:
+                variable.value.grad = None
+            elif variable.value.grad is not None:
+                variable.value.grad.zero_()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group, for a look at the learning rate; a change of it has no effect. Keras' schedules set the rate."""
+        with self._model.scope(), torch.no_grad():
+            rate = float(keras.ops.convert_to_numpy(self.keras_optimizer.learning_rate))
+        return [{"params": [v.value for v in self._variables], "lr": rate}]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Name the live tensors of the optimizer by position, the step counter among them."""
+        return {
+            f"{i:04d}:{re.sub(r'_[0-9]+(?=[_/]|$)', '', v.path)}": v.value.detach()
+            for i, v in enumerate(self.keras_optimizer.variables)
+        }
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy a state of the same optimizer, by position. Raises CheckpointError when it is another one's."""
+        own = self.state_dict()
+        shapes, found = ([tuple(t.shape) for t in tensors.values()] for tensors in (own, state))
+        if shapes != found:
+            raise CheckpointError(
+                f"the saved state of the optimizer has {len(found)} tensors that do not fit the {len(shapes)} of "
+                f"{type(self.keras_optimizer).__name__}. Use the optimizer that the run was started with."
+            )
+        for mine, saved in zip(own.values(), state.values()):
+            mine.copy_(saved)
+
+    def finalize(self) -> None:
+        """Put averaged weights in place at the end of training, where the optimizer keeps them (`use_ema=True`)."""
+        with self._model.scope(), torch.no_grad():
+            self.keras_optimizer.finalize_variable_values(self._variables)
+
+
+# --- the metrics -----------------------------------------------------------------------------------------------------
+
+
+class KerasMetrics:
+    """The metrics that a model was compiled with, as sums that add up over workers."""
+
+    def __init__(self, model: KerasModel) -> None:
+        self._model = model
+        # Any: Keras' own class for the metrics of compile() is not public.
+        self._metrics: Any = next((m for m in model.keras_model.metrics if m.name == "compile_metrics"), None)
+        self._is_checked = False
+
+    def update(self, outputs: Any, target: Any) -> None:
+        """Count a microbatch. Raises ConfigError for a metric that does not add up over microbatches."""
+        if self._metrics is None:
+            return
+        with self._model.scope(), torch.no_grad():
+            if not self._is_checked and len(keras.tree.flatten(target)[0]) > 1:
+                self._check(outputs, target)
+            self._metrics.update_state(target, outputs)
+
+    def prime(self, outputs: Any, target: Any) -> None:
+        """Learn the shapes from a microbatch without counting it; a worker that counted none needs it for `vector`."""
+        if self._metrics is not None and not self._metrics.built:
+            self.update(outputs, target)
+            self.reset()
+
+    def vector(self) -> torch.Tensor:
+        """Return all counts, float64 on the CPU; the sum of these over the workers goes to `result`."""
+        return _flat(self._variables())
+
+    def result(self, counts: torch.Tensor) -> dict[str, float]:
+        """Return the metrics by name from summed counts, and start anew."""
+        if self._metrics is None or not self._metrics.built:
+            return {}
+        with self._model.scope(), torch.no_grad():
+            self._assign(counts)
+            values = {name: keras.ops.convert_to_numpy(v) for name, v in self._metrics.result().items()}
+        self.reset()
+        return _scalars(values)
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        if self._metrics is not None:
+            with self._model.scope():
+                self._metrics.reset_state()
+
+    def _variables(self) -> list[Any]:
+        return self._metrics.variables if self._metrics is not None else []
+
+    def _assign(self, counts: torch.Tensor) -> None:
+        variables = self._variables()
+        for variable, part in zip(variables, counts.split([v.value.numel() for v in variables])):
+            variable.value.copy_(part.view(variable.value.shape))
+
+    def _check(self, outputs: Any, target: Any) -> None:
+        """Refuse metrics whose counts over two halves do not add up to those over the whole."""
+        kept = self.vector()
+        middle = len(keras.tree.flatten(target)[0]) // 2
+        first = self._counts_over(slice(0, middle), outputs, target)
+        second = self._counts_over(slice(middle, None), outputs, target)
+        whole = self._counts_over(slice(None), outputs, target)
+        self.reset()
+        start = self._counts()
+        for name, parts in start.items():
+            if parts.any() or not torch.allclose(first[name] + second[name], whole[name], rtol=1e-3, atol=1e-3):
+                raise ConfigError(
+                    f"metric {name!r} does not add up over microbatches and workers. "
+                    "Use one whose variables are sums over samples, such as keras.metrics.Mean."
+                )
+        if len(kept):
+            self._assign(kept)
+        self._is_checked = True
+
+    def _counts_over(self, part: slice, outputs: Any, target: Any) -> dict[str, torch.Tensor]:
+        self.reset()
+        sides = [keras.tree.map_structure(lambda tensor: tensor[part], side) for side in (target, outputs)]
+        self._metrics.update_state(*sides)
+        return self._counts()
+
+    def _counts(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{metric.name} ({type(metric).__name__}, {place})": _flat(metric.variables)
+            for place, metric in enumerate(self._metrics.metrics)
+        }
+
+
+def _flat(variables: Sequence[Any]) -> torch.Tensor:
+    parts = [v.value.detach().reshape(-1).double().cpu() for v in variables]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """Name each element of a metric that has several (F1 of each class)."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if value.ndim == 0:
+            found[name] = float(value)
+        else:
+            found.update({f"{name}_{i}": float(v) for i, v in enumerate(value.reshape(-1))})
+    return found

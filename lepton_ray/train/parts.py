@@ -1,0 +1,124 @@
+"""Build what a worker trains with from what the driver sent, and take its state apart and together again."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lepton_ray.callbacks import Callback
+from lepton_ray.data.feed import Feed, StreamFeed
+from lepton_ray.errors import ConfigError
+from lepton_ray.plan.batch import seed_of
+from lepton_ray.train.blueprint import build
+from lepton_ray.train.free_step import FreeStepper
+from lepton_ray.train.metrics import Metric, make_metrics
+from lepton_ray.train.model import Model
+from lepton_ray.train.objective import Objective, StepFn, make_objective
+from lepton_ray.train.optimizers import Optimizers, Schedulers, make_optimizer, make_scheduler
+from lepton_ray.train.peers import Peers
+from lepton_ray.train.precision import Scaler
+from lepton_ray.train.spec import Code, TrainSpec
+from lepton_ray.train.step import Stepper
+
+
+@dataclass(slots=True, kw_only=True)
+class Parts:
+    """One worker's copy of everything that makes a training."""
+
+    model: Model
+    judge: Objective
+    """The loss of evaluations."""
+    metrics: dict[str, Metric]
+    optimizers: Optimizers
+    schedulers: Schedulers
+    callbacks: Sequence[Callback]
+    device: torch.device
+    stepper: Stepper | FreeStepper
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return the live tensors of the model, and the rest of the training state as a tree of tensors and scalars."""
+        scaler = self.stepper.scaler
+        return self.model.state(), {
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.named.items()},
+            "schedulers": self.schedulers.state_dict(),
+            "scaler": [scaler.scale, scaler.good_steps] if scaler else None,
+        }
+
+    def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """Take over a state. Raises ConfigError when it is that of another model."""
+        load_weights(self.model, tensors)
+        for name, optimizer in self.optimizers.named.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.schedulers.load_state_dict(state["schedulers"])
+        if state["scaler"] is not None and self.stepper.scaler is not None:
+            self.stepper.scaler = Scaler(*state["scaler"])
+
+
+def load_weights(model: Model, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved tensors into the model's own. Raises ConfigError when names or shapes differ."""
+    own = model.state()
+    wrong = [
+        name for name in own.keys() | tensors.keys() if name not in own or own[name].shape != tensors[name].shape
+    ] if own.keys() == tensors.keys() else sorted(own.keys() ^ tensors.keys())
+    if wrong:
+        raise ConfigError(
+            f"the checkpoint is of another model: {wrong[0]!r} and {len(wrong) - 1} more of its {len(tensors)} tensors do "
+            "not fit. Start under another name, or use the model that the run began with."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def make_parts(spec: TrainSpec, feed: Feed | StreamFeed | None, peers: Peers, device: torch.device) -> Parts:
+    """Build everything. feed: None for a job that does not train. Raises ConfigError."""
+    code: Code = pickle.loads(spec.code)  # made by this package in the user's own driver
+    model = build(spec.blueprint, device, seed_of(spec.seed))
+    judge = make_objective(code.loss)
+    metrics = make_metrics(code.metrics, code.loss)
+    optimizers = make_optimizer(code.optimizer, model)
+    schedulers = make_scheduler(code.scheduler, optimizers)
+    common = {"model": model, "feed": feed, "peers": peers, "device": device, "seed": spec.seed}
+    stepper: Stepper | FreeStepper
+    if code.step_fn is not None and spec.batch.microbatches == peers.world and spec.precision == "fp32":
+        stepper = FreeStepper(
+            step_fn=code.step_fn, optimizers=optimizers.named, shape=optimizers.shape, **common
+        )
+    else:
+        stepper = Stepper(
+            objective=_train_objective(code.step_fn, judge, optimizers),
+            optimizers=optimizers.named,
+            precision=spec.precision,
+            clip_norm=spec.batch.clip_norm,
+            **common,
+        )
+    return Parts(
+        model=model,
+        judge=judge,
+        metrics=metrics,
+        optimizers=optimizers,
+        schedulers=schedulers,
+        callbacks=code.callbacks,
+        device=device,
+        stepper=stepper,
+    )
+
+
+def _train_objective(step_fn: StepFn | None, judge: Objective, optimizers: Optimizers) -> Objective:
+    if step_fn is None:
+        return judge
+    return make_objective(None, step_fn, optimizers.shape({name: _NotHere() for name in optimizers.named}))
+
+
+class _NotHere:
+    """Stands for an optimizer where a `step_fn` may not step by itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConfigError(
+            f"step_fn uses its optimizers (.{name}), so every worker must have one microbatch per step, in fp32: leave "
+            'Batch(microbatches=...) at the number of workers and precision at "fp32", or return the loss only.'
+        )

@@ -1,0 +1,188 @@
+"""Sum gradients over the workers, bucket by bucket, while backward is still running.
+
+Every trainable parameter gets a `.grad` that is a view into a flat bucket from the start, so backward writes straight
+into what the collective sends. Buckets fill in reverse order of the parameters, which is about the order in which
+backward finishes them, and go out in that order on every worker. All but the last one travel on a thread of their
+own; the last has nothing left to hide behind and goes on the caller's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+
+import torch
+from torch import nn
+
+AllReduce = Callable[[torch.Tensor], None]
+"""Sum a contiguous 1-D tensor over all workers, in place."""
+
+BUCKET_BYTES = 25 << 20
+"""As torch's DDP: large enough for bandwidth, small enough to overlap."""
+FIRST_BUCKET_BYTES = 1 << 20
+"""The first one is small, so that the network starts early."""
+
+
+class Reducer:
+    """The gradients of one copy of the model.
+
+    Call order per step: `begin`, one backward per owned microbatch with `arm` before the last, `finish`; then the
+    gradients hold the sum over all workers.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], allreduce: AllReduce | None) -> None:
+        """allreduce: None when this is the only worker."""
+        self._names = list(parameters)
+        self._parameters = list(parameters.values())
+        self._allreduce = allreduce
+        self.buckets: list[torch.Tensor] = []
+        self._bucket_of: list[int] = [0] * len(self._parameters)
+        self._views: list[torch.Tensor] = list(self._parameters)
+        for members in _groups(self._parameters):
+            self._add_bucket(members)
+        self._members = [self._bucket_of.count(b) for b in range(len(self.buckets))]
+        self._armed = False
+        self._touched: set[int] = set()
+        self._ready: set[int] = set()
+        self._missing: list[int] = []
+        self._next = 0
+        self._sender = _Sender(allreduce) if allreduce and len(self.buckets) > 1 else None
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(lambda _, index=index: self._on_grad(index))
+            for index, p in enumerate(self._parameters)
+        ]
+
+    def begin(self) -> None:
+        """Start a step with gradients of zero."""
+        for bucket in self.buckets:
+            bucket.zero_()
+        for p, view in zip(self._parameters, self._views):
+            p.grad = view
+        self._armed = False
+        self._touched.clear()
+        self._ready.clear()
+        self._missing = list(self._members)
+        self._next = 0
+
+    def arm(self) -> None:
+        """Say that the coming backward is this worker's last in this step: full buckets may leave."""
+        self._armed = True
+
+    def finish(self) -> None:
+        """Send what has not left yet and wait for all sums. Raises what the collective raised."""
+        if self._allreduce is None or not self.buckets:
+            return
+        self._launch(len(self.buckets) - 1)
+        if self._sender:
+            self._sender.drain()
+        self._allreduce(self.buckets[-1])
+
+    def untouched(self) -> torch.Tensor | None:
+        """Return one flag per parameter that no backward of this worker reached, or None when all were reached."""
+        if len(self._touched) == len(self._parameters):
+            return None
+        return torch.tensor([float(i not in self._touched) for i in range(len(self._parameters))], dtype=torch.float64)
+
+    def drop(self, unused: torch.Tensor) -> None:
+        """Take the gradient from the flagged parameters, so that the optimizer skips them, as torch does."""
+        for index in torch.nonzero(unused).flatten().tolist():
+            self._parameters[index].grad = None
+
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients."""
+        for bucket in self.buckets:
+            bucket.mul_(factor)
+
+    def squared_norm(self) -> float:
+        """Return the squared L2 norm of all gradients (inf or nan when one of them is)."""
+        return sum(float(torch.linalg.vector_norm(b, dtype=torch.float64)) ** 2 for b in self.buckets)
+
+    def close(self) -> None:
+        """Take the hooks off the parameters and end the thread."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._sender:
+            self._sender.close()
+
+    def _add_bucket(self, members: list[int]) -> None:
+        first = self._parameters[members[0]]
+        sizes = [self._parameters[i].numel() for i in members]
+        bucket = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        for i, part in zip(members, bucket.split(sizes)):
+            self._bucket_of[i] = len(self.buckets)
+            self._views[i] = part.view(self._parameters[i].shape)
+        self.buckets.append(bucket)
+
+    def _on_grad(self, index: int) -> None:
+        self._touched.add(index)
+        if not self._armed or index in self._ready:
+            return
+        self._ready.add(index)
+        self._missing[self._bucket_of[index]] -= 1
+        if self._sender:
+            full = self._next
+            while full < len(self.buckets) - 1 and self._missing[full] == 0:
+                full += 1
+            self._launch(full)
+
+    def _launch(self, stop: int) -> None:
+        """Hand the buckets up to `stop` to the sender, in the order that all workers share."""
+        if self._sender:
+            for bucket in self.buckets[self._next : stop]:
+                self._sender.put(bucket)
+            self._next = max(self._next, stop)
+
+
+def _groups(parameters: list[nn.Parameter]) -> list[list[int]]:
+    """Group parameter indices into buckets of one dtype and device, in reverse order of the parameters."""
+    open_groups: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
+    groups: list[list[int]] = []
+    for index in reversed(range(len(parameters))):
+        p = parameters[index]
+        key = (p.dtype, p.device)
+        members, size = open_groups.pop(key, ([], 0))
+        members.append(index)
+        size += p.numel() * p.element_size()
+        if size >= (BUCKET_BYTES if groups else FIRST_BUCKET_BYTES):
+            groups.append(members)
+        else:
+            open_groups[key] = (members, size)
+    return groups + [members for members, _ in open_groups.values()]
+
+
+class _Sender:
+    """A thread that sums tensors over the workers in the order in which they are put."""
+
+    def __init__(self, allreduce: AllReduce) -> None:
+        self._allreduce = allreduce
+        self._queue: SimpleQueue[torch.Tensor | threading.Event | None] = SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="lepton-reduce", daemon=True)
+        self._thread.start()
+
+    def put(self, tensor: torch.Tensor) -> None:
+        self._queue.put(tensor)
+
+    def drain(self) -> None:
+        """Wait until all that was put is summed; the collective's own time limit bounds the wait."""
+        done = threading.Event()
+        self._queue.put(done)
+        done.wait()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+            elif self._error is None:
+                try:
+                    self._allreduce(item)
+                except BaseException as error:  # noqa: BLE001 - it is raised again in the training thread, by `drain`
+                    self._error = error

@@ -1,0 +1,196 @@
+"""One step: the owned microbatches forward and backward, the sums over all workers, the ballot, the update."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from lepton_ray.data.batch import Batch, to_device
+from lepton_ray.data.feed import Feed, StepPlan
+from lepton_ray.errors import RunFailed
+from lepton_ray.plan.batch import seed_of
+from lepton_ray.train import optimizers
+from lepton_ray.train.buffers import BufferFold
+from lepton_ray.train.model import Model
+from lepton_ray.train.objective import Objective
+from lepton_ray.train.peers import Peers
+from lepton_ray.train.precision import Scaler, autocast
+from lepton_ray.train.reduce import Reducer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """What all workers agreed on when they committed a step."""
+
+    loss_sum: float
+    weight: float
+    """What the loss sum and the gradients were divided by: samples, or tokens."""
+    samples: int
+    stop: bool
+    """Some worker wishes to stop after this step."""
+    is_skipped: bool = False
+    """fp16 gradients overflowed: no update was made."""
+    grad_norm: float | None = None
+    """L2 norm of the mean gradient before clipping, where it was computed."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Means over the samples of what a `step_fn` returned beside its loss."""
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.weight if self.weight else 0.0
+
+
+def seed_everything(seed: int) -> None:
+    """Set the generators of Python, numpy and torch, on which data transforms, dropout and user code draw."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+def fetch(feed: Feed, model: Model, device: torch.device, seed: int, step: int, microbatch: int) -> Batch:
+    """Return a microbatch on the device, with every generator set to the random state that belongs to it."""
+    own_seed = seed_of(seed, step, microbatch)
+    seed_everything(own_seed)
+    model.seed(own_seed)
+    return to_device(feed.fetch(step, microbatch), device)
+
+
+def vote(peers: Peers, values: Sequence[float]) -> list[float]:
+    """Sum a few numbers over all workers (the ballot)."""
+    ballot = torch.tensor(values, dtype=torch.float64)
+    peers.allreduce(ballot)
+    return ballot.tolist()
+
+
+class Stepper:
+    """Runs the steps of one worker."""
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        objective: Objective,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        feed: Feed,
+        peers: Peers,
+        device: torch.device,
+        seed: int,
+        precision: str = "fp32",
+        clip_norm: float | None = None,
+    ) -> None:
+        allreduce = peers.allreduce if peers.world > 1 else None
+        self._model, self._objective, self._optimizers = model, objective, optimizers
+        self._feed, self._peers, self._device, self._seed = feed, peers, device, seed
+        self._precision, self._clip_norm = precision, clip_norm
+        self.scaler = Scaler() if precision == "fp16" else None
+        self._reducer = Reducer(model.parameters(), allreduce)
+        self._buffers = BufferFold(model.buffers(), allreduce)
+        self._extra_names: list[str] = []
+
+    def run(self, step: int, plan: StepPlan, owned: Sequence[int], wish: bool) -> Committed:
+        """Do step `step` with the microbatches that this worker owns, together with all others.
+
+        wish: this worker wishes to stop after the step.
+        Raises RunFailed when the loss is not finite, PeerLost when another worker is gone.
+        """
+        self._reducer.begin()
+        self._buffers.begin(sum(size > 0 for size in plan.sizes))
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        weight, samples = 0.0, 0
+        extra: dict[str, list[float]] = {}
+        owned = [m for m in owned if plan.sizes[m]]
+        for m in owned:
+            batch = fetch(self._feed, self._model, self._device, self._seed, step, m)
+            self._buffers.enter()
+            with autocast(self._precision, self._device):
+                outcome = self._objective(self._model, batch)
+            if m == owned[-1]:
+                self._reducer.arm()
+            (outcome.loss_sum * self.scaler.scale if self.scaler else outcome.loss_sum).backward()
+            self._buffers.leave(m)
+            loss_sum += outcome.loss_sum.detach()
+            weight += outcome.weight
+            samples += plan.sizes[m]
+            for name, (total, share) in outcome.extra.items():
+                sums = extra.setdefault(name, [0.0, 0.0])
+                sums[0], sums[1] = sums[0] + float(total), sums[1] + share
+        self._reducer.finish()
+        self._buffers.reduce()
+        untouched = self._reducer.untouched()
+        self._extra_names = self._extra_names or sorted(extra)
+        extras = [number for name in self._extra_names for number in extra.get(name, (0.0, 0.0))]
+        ballot = vote(self._peers, [float(loss_sum), weight, samples, untouched is not None, wish, *extras])
+        committed = Committed(
+            loss_sum=ballot[0],
+            weight=ballot[1],
+            samples=int(ballot[2]),
+            stop=ballot[4] > 0,
+            extra={
+                name: total / share for name, total, share in zip(self._extra_names, ballot[5::2], ballot[6::2]) if share
+            },
+        )
+        if ballot[3] > 0:
+            self._drop_unused(untouched)
+        return self._apply(step, committed)
+
+    def vote(self, wish: bool) -> bool:
+        """Hold a ballot without a step: everybody has applied the last one; return whether anybody wishes to stop."""
+        return vote(self._peers, [wish])[0] > 0
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._reducer.close()
+
+    def _drop_unused(self, untouched: torch.Tensor | None) -> None:
+        """Take the gradient from parameters that no backward of any worker reached."""
+        if untouched is None:
+            untouched = torch.zeros(len(self._model.parameters()), dtype=torch.float64)
+        self._peers.allreduce(untouched)
+        # A worker that owned nothing in this step reached nothing either: unused is what everybody missed.
+        self._reducer.drop(untouched == self._peers.world)
+
+    def _apply(self, step: int, committed: Committed) -> Committed:
+        """Turn the summed gradients into the mean, clip it and update; or skip or refuse the step."""
+        is_finite = math.isfinite(committed.loss_sum)
+        if not is_finite and self.scaler is None:
+            raise RunFailed(not_finite(step, committed.loss_sum))
+        if committed.weight == 0:
+            self._buffers.discard()
+            return _skipped(committed)
+        factor = 1 / (committed.weight * (self.scaler.scale if self.scaler else 1.0))
+        norm = None
+        if self._clip_norm is not None or self.scaler:
+            norm = math.sqrt(self._reducer.squared_norm()) * factor
+            is_finite = is_finite and math.isfinite(norm)
+            if self._clip_norm is not None and norm > self._clip_norm:
+                factor *= self._clip_norm / norm
+        if self.scaler:
+            if not is_finite and self.scaler.scale == 1.0:
+                raise RunFailed(not_finite(step, committed.loss_sum))
+            self.scaler.update(is_finite)
+        if not is_finite and self.scaler:
+            self._buffers.discard()
+            return _skipped(committed)
+        self._reducer.scale(factor)
+        self._buffers.apply()
+        for optimizer in self._optimizers.values():
+            optimizers.step(optimizer)
+        return replace(committed, grad_norm=norm)
+
+
+def _skipped(committed: Committed) -> Committed:
+    if math.isfinite(committed.loss_sum):
+        return replace(committed, is_skipped=True)
+    return replace(committed, is_skipped=True, loss_sum=0.0, weight=0.0)
+
+
+def not_finite(step: int, loss_sum: float) -> str:
+    return (
+        f"the loss turned {loss_sum} at step {step}. Lower the learning rate, set Batch(clip_norm=1.0), or look at the "
+        f"samples of this step; the last checkpoint is from before it."
+    )

@@ -1,0 +1,39 @@
+"""What all tests share: one local Ray for the session, and short ways to build small things."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Start a local Ray with 6 CPUs for the whole session."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="lr", dir="/tmp")  # short: Ray puts sockets into it
+    ray.init(
+        address="local",
+        num_cpus=6,
+        include_dashboard=False,
+        namespace="lepton_ray",
+        log_to_driver=False,
+        _temp_dir=folder,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> str:
+    """Return a folder for runs."""
+    return str(tmp_path / "runs")
