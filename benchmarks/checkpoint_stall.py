@@ -5,12 +5,13 @@
 Four linear layers of 5016 x 5016 (403 MB of fp32) with SGD, one process, one torch thread. `blocked` is the time inside
 the call. `lost` adds what the steps take longer while the save goes on in the background, in comparison with
 steps just before. `on disk` is from the call until the checkpoint can be loaded. Every method saves once before the
-first round, as a run of some length would have; `first blocked` of ours is that first save, after `prepare`.
+first round, as a run of some length would have; that first save is shown by itself (ours comes after `prepare`).
 
 Expected before measuring: DCP async copies into fresh memory at 1.5 to 2 GB/s, 0.2 to 0.27 s; with its staging cached
 it copies into warm memory, 0.06 to 0.1 s, as ours does, the first time too. Ours therefore blocks for 0.25 to 0.4 x
 DCP async as it comes, and about 1 x the cached one. On disk, ours comes later than both, since it hashes (SHA-256, 1.4
-GB/s) and calls fsync, which neither peer does by default. Target: blocked <= 0.5 x DCP async.
+GB/s) and calls fsync. (That neither peer does was expected too, and is wrong: DCP syncs its files, torch.save does
+not.) Target: blocked <= 0.5 x DCP async.
 """
 
 from __future__ import annotations

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A busy machine stretches an example beyond any limit that would mean something.
+settings.register_profile("busy", deadline=None, print_blob=True)
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")

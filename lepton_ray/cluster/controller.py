@@ -65,7 +65,7 @@ class Controller:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._records: list[dict[str, Any]] = []
-        self._news = asyncio.Event()
+        self._news, self._read = asyncio.Event(), asyncio.Event()
         self._journal = Journal(Folder(order.run_url)) if order.writes_journal else None
         self._refs: dict[str, Any] = {}
         self._places: list[Held] = []
@@ -129,8 +129,8 @@ class Controller:
         return self._outputs
 
     async def close(self) -> None:
-        """End this actor: the driver has read the end."""
-        self._leave()
+        """Let this actor end: the driver has read how the run did."""
+        self._read.set()
 
     # --- called by workers -------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class Controller:
                     for worker in self._workers:
                         worker.stop.remote()
                 case End(outcome, failure, reason):
-                    await self._end(outcome, failure, reason)
+                    self._spawn(self._end(outcome, failure, reason))
 
     async def _ask(self) -> None:
         """Ask the scheduler; one that is just ending is asked again."""
@@ -259,11 +259,13 @@ class Controller:
             self._outputs = [worker.outputs.remote() for worker in self._workers]
             await asyncio.gather(*self._outputs)
         fields = {} if failure is None else {"failure": asdict(failure)}
-        await self._let_go(outcome)
         self._write([{"event": "ended", "outcome": outcome.value, "reason": reason, **fields}])
         if self._journal:
             self._journal.close()
-        self._spawn(self._linger())
+        await self._let_go(outcome)
+        await asyncio.wait([asyncio.create_task(self._read.wait())], timeout=LINGER_S)
+        # `exit_actor` works in a method that a caller waits for only.
+        ray.kill(ray.get_actor(controller_name(self._order.name), namespace=NAMESPACE))
 
     async def _let_go(self, outcome: Outcome) -> None:
         """Hand finished workers to the pool; end all others."""
@@ -288,14 +290,6 @@ class Controller:
             if self._order.has_lease and silent_s > self._order.faults.lease_s:
                 await self._advance(membership.StopAsked(f"the driver was silent for {silent_s:.0f} s"))
             await self._advance(membership.Tick())
-
-    async def _linger(self) -> None:
-        await asyncio.sleep(LINGER_S)
-        self._leave()
-
-    def _leave(self) -> None:
-        # `exit_actor` works in a method only, and this also ends from a timer.
-        ray.kill(ray.get_actor(controller_name(self._order.name), namespace=NAMESPACE))
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 

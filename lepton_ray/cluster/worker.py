@@ -71,7 +71,7 @@ class Worker:
 
             import lepton_ray.train.job  # noqa: F401
         finally:
-            self._clean = set(sys.modules)
+            self._clean, self._path = set(sys.modules), list(sys.path)
             self._imported.set()
 
     def lend(self, holder: Any, lease_s: float) -> None:
@@ -152,11 +152,17 @@ class Worker:
 
         gc.collect()
         torch.set_default_dtype(torch.float32)
-        torch.use_deterministic_algorithms(False)
+        if torch.are_deterministic_algorithms_enabled():  # the setter costs seconds: it imports torch's compiler
+            torch.use_deterministic_algorithms(False)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        # Modules of the user's own may change on disk before the next job: such a process is not handed on.
-        return not any(_is_user_module(name) for name in set(sys.modules) - self._clean)
+        # The user's modules may change on disk before the next job, which must import them anew.
+        own = [name for name in set(sys.modules) - self._clean if _is_user_module(name)]
+        is_clean = all(str(sys.modules[name].__file__).endswith(".py") for name in own)
+        for name in own:
+            del sys.modules[name]
+        sys.path[:] = self._path
+        return is_clean
 
     def _watch(self) -> None:
         """End this process when the holder of its lease is gone: nobody else would."""

@@ -263,7 +263,12 @@ def _in_torch(dtype: torch.dtype, plain: Reduction, apply: Callable[..., object]
 
 
 _PLAIN = {ReduceOp.SUM: SUM, ReduceOp.PRODUCT: PRODUCT, ReduceOp.MIN: MIN, ReduceOp.MAX: MAX}
-_TORCH: dict[Reduction, Callable[..., object]] = {SUM: torch.add, PRODUCT: torch.mul, MIN: torch.minimum, MAX: torch.maximum}
+_TORCH: dict[Reduction, Callable[..., object]] = {
+    SUM: torch.add,
+    PRODUCT: torch.mul,
+    MIN: torch.minimum,
+    MAX: torch.maximum,
+}
 _HALF = {
     (dtype, op): _in_torch(dtype, plain, _TORCH[plain])
     for dtype in (torch.float16, torch.bfloat16)

@@ -23,7 +23,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,9 @@ _CALLS = ("allreduce", "broadcast", "allgather", "reducescatter", "reduce", "sen
 # number, elements. Both ends must send the same, so a comparison of bytes is the whole check.
 _HEADER = struct.Struct("<4BIIQ")
 
+# What a rank says last when it leaves on purpose. Without it, the end of its stream is a death.
+_GOODBYE = _HEADER.pack(0xFF, 0, 0, 0, 0, 0, 0)
+
 # An all-to-all of at most so many outgoing bytes per rank is faster than a ring (and fits into any socket buffer, so
 # that all ranks may send before they receive).
 _DIRECT_BYTES = 32 << 10
@@ -83,13 +86,11 @@ _GUESTS = 64  # connections that may be in the middle of their proof at once
 class _Link:
     """The connection to one peer. Says in its errors which peer it was."""
 
-    __slots__ = ("inbox", "peer", "socket", "timeout_s")
+    __slots__ = ("descriptor", "peer", "socket")
 
-    def __init__(self, peer: int, connection: socket.socket, timeout_s: float) -> None:
-        self.peer, self.socket = peer, connection
-        self.inbox = select.poll()
-        self.inbox.register(connection, select.POLLIN)
-        connection.settimeout(None)
+    def __init__(self, peer: int, connection: socket.socket) -> None:
+        self.peer, self.socket, self.descriptor = peer, connection, connection.fileno()
+        connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Keepalive finds a peer whose machine went silent while nothing is in flight. TCP_USER_TIMEOUT is left alone:
         # it also ends connections to healthy peers that do not read for a while because they compute.
@@ -97,43 +98,131 @@ class _Link:
         for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self.limit(timeout_s)
 
-    def limit(self, timeout_s: float) -> None:
-        """Let the kernel limit blocking calls: one system call per message instead of poll and recv."""
-        self.timeout_s = timeout_s
-        limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-    def receive(self, view: memoryview) -> None:
-        """Fill `view`."""
-        while view:
-            view = view[self.receive_some(view) :]
-
-    def receive_some(self, view: memoryview) -> int:
+    def receive(self, view: memoryview) -> int:
+        """Receive what is there; return the number of bytes, 0 if nothing is there yet."""
         try:
             count = self.socket.recv_into(view)
+        except BlockingIOError:
+            return 0
         except OSError as error:
-            raise self.lost(error, "received from") from error
+            raise self.lost(error) from error
         if not count:
             raise PeerLost(f"rank {self.peer} closed its connection")
         return count
 
-    def send(self, *views: bytes | memoryview) -> None:
+    def send(self, *views: bytes | memoryview) -> int:
+        """Send what the kernel takes; return the number of bytes."""
         try:
-            sent = self.socket.sendmsg(views)
-            for view in views:
-                if sent < len(view):
-                    self.socket.sendall(view[sent:])
-                sent = max(0, sent - len(view))
+            return self.socket.sendmsg(views)
+        except BlockingIOError:
+            return 0
         except OSError as error:
-            raise self.lost(error, "accepted by") from error
+            raise self.lost(error) from error
 
-    def lost(self, error: OSError, doing: str) -> LeptonError:
-        if isinstance(error, BlockingIOError):
-            return WaitTimeout(f"no bytes were {doing} rank {self.peer} for {self.timeout_s:g} s")
+    def lost(self, error: OSError) -> PeerLost:
         return PeerLost(f"the connection to rank {self.peer} broke ({error.strerror or error})")
+
+
+class _Watch:
+    """Waits for some links and keeps an eye on all others, so that any death in the group ends any wait."""
+
+    def __init__(self, links: Iterable[_Link]) -> None:
+        self._links = {link.descriptor: link for link in links}
+        self._wanted = dict.fromkeys(self._links, -1)
+        self._ignored: set[int] = set()
+        self._poll = select.poll()
+        for link in self._links.values():
+            self.want(link, 0)
+
+    def want(self, link: _Link, events: int) -> None:
+        """Wait for these poll events of a link from now on."""
+        if self._wanted[link.descriptor] != events:
+            self._wanted[link.descriptor] = events
+            self._register(link.descriptor)
+
+    def wait(self, timeout_s: float) -> list[_Link]:
+        """Return the links that are ready, none when the time is up. Raises PeerLost."""
+        end_s = time.perf_counter() + _SPIN_S
+        while True:
+            events = self._poll.poll(0)
+            if not events and time.perf_counter() < end_s:
+                os.sched_yield()
+                continue
+            if not events:
+                events = self._poll.poll(timeout_s * 1000)
+                if not events:
+                    return []
+            ready = []
+            for descriptor, happened in events:
+                wanted = self._wanted[descriptor]
+                if wanted and happened & (wanted | select.POLLHUP | select.POLLERR):
+                    ready.append(self._links[descriptor])
+                else:
+                    self._inspect(self._links[descriptor])
+            if ready:
+                return ready
+
+    def _register(self, descriptor: int) -> None:
+        mask = self._wanted[descriptor] | (0 if descriptor in self._ignored else select.POLLRDHUP)
+        if mask:
+            self._poll.register(descriptor, mask)
+        else:
+            self._poll.unregister(descriptor)
+
+    def _inspect(self, link: _Link) -> None:
+        """Decide what it means that a peer nobody waits for has hung up."""
+        try:
+            ahead = link.socket.recv(1, socket.MSG_PEEK)
+        except OSError as error:
+            raise link.lost(error) from error
+        if not ahead:
+            raise PeerLost(f"rank {link.peer} closed its connection")
+        # Its last words are unread: a goodbye, or data for a later call. That call will see what became of it.
+        self._ignored.add(link.descriptor)
+        self._register(link.descriptor)
+
+
+class _Flow:
+    """Sends a queue of views to one link while views are received from another, without a thread."""
+
+    __slots__ = ("_inlet", "_outlet", "_queue", "_ring")
+
+    def __init__(self, ring: Ring, *, outlet: _Link | None = None, inlet: _Link | None = None) -> None:
+        self._ring, self._outlet, self._inlet = ring, outlet, inlet
+        self._queue: deque[bytes | memoryview] = deque()
+
+    def send(self, *views: bytes | memoryview) -> None:
+        """Queue views; nothing is sent before the next `receive` or `flush`."""
+        self._queue.extend(view for view in views if len(view))
+
+    def receive(self, view: memoryview) -> None:
+        """Fill `view`, sending meanwhile."""
+        assert self._inlet is not None
+        while view:
+            sent = self._push()
+            count = self._inlet.receive(view)
+            if count:
+                view = view[count:]
+            elif not sent:
+                self._ring._wait(self._inlet, self._outlet if self._queue else None)
+
+    def flush(self) -> None:
+        """Send all that is queued."""
+        while self._queue:
+            if not self._push():
+                self._ring._wait(None, self._outlet)
+
+    def _push(self) -> int:
+        if not self._queue or self._outlet is None:
+            return 0
+        view = self._queue[0]
+        count = self._outlet.send(view)
+        if count == len(view):
+            self._queue.popleft()
+        else:
+            self._queue[0] = view[count:]
+        return count
 
 
 class _Guest:
@@ -145,66 +234,6 @@ class _Guest:
         connection.setblocking(False)
         self.socket, self.said, self.peer = connection, b"", -1
         self.nonces: bytes | None = None
-
-
-class _Duplex:
-    """Sends a queue of views to one link while views are received from another, without a thread."""
-
-    __slots__ = ("inlet", "outlet", "queue")
-
-    def __init__(self, outlet: _Link, inlet: _Link) -> None:
-        self.outlet, self.inlet = outlet, inlet
-        self.queue: deque[memoryview] = deque()
-
-    def receive(self, view: memoryview) -> None:
-        """Fill `view`, sending meanwhile."""
-        while view:
-            is_sent = self._push()
-            try:
-                count = self.inlet.socket.recv_into(view, 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                if not is_sent:
-                    self._wait(receiving=True)
-                continue
-            except OSError as error:
-                raise self.inlet.lost(error, "received from") from error
-            if not count:
-                raise PeerLost(f"rank {self.inlet.peer} closed its connection")
-            view = view[count:]
-
-    def flush(self) -> None:
-        while self.queue:
-            if not self._push():
-                self._wait(receiving=False)
-
-    def _push(self) -> bool:
-        """Send what goes at once of the first view; return whether anything went."""
-        if not self.queue:
-            return False
-        view = self.queue[0]
-        try:
-            count = self.outlet.socket.send(view, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise self.outlet.lost(error, "accepted by") from error
-        if count == len(view):
-            self.queue.popleft()
-        else:
-            self.queue[0] = view[count:]
-        return True
-
-    def _wait(self, *, receiving: bool) -> None:
-        events = {self.inlet.socket.fileno(): select.POLLIN} if receiving else {}
-        if self.queue:
-            outlet = self.outlet.socket.fileno()
-            events[outlet] = events.get(outlet, 0) | select.POLLOUT
-        poll = select.poll()
-        for descriptor, mask in events.items():
-            poll.register(descriptor, mask)
-        if not _spin(poll) and not poll.poll(self.inlet.timeout_s * 1000):
-            waited = self.inlet if receiving else self.outlet
-            raise waited.lost(BlockingIOError(), "received from" if receiving else "accepted by")
 
 
 class Ring:
@@ -227,6 +256,7 @@ class Ring:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self._secret, self._host = secret, host
         self._links: dict[int, _Link] = {}
+        self._watch = _Watch(())
         self._scratch = np.empty(0, np.uint8)
         self._calls = 0
         self._sent, self._received = [0] * world, [0] * world
@@ -267,10 +297,11 @@ class Ring:
         addresses = exchange(f"{self._host}|{listener.getsockname()[1]}".encode())
         for peer in range(self.rank):
             host, port = addresses[peer].decode().rsplit("|", 1)
-            self._links[peer] = _Link(peer, self._introduce(peer, host, int(port), deadline_s), self.timeout_s)
+            self._links[peer] = _Link(peer, self._introduce(peer, host, int(port), deadline_s))
         listener.setblocking(False)
         self._welcome(listener, deadline_s)
         self._disown(listener)
+        self._watch = _Watch(self._links.values())
 
     def _introduce(self, peer: int, host: str, port: int, deadline_s: float) -> socket.socket:
         """Connect to a lower rank; both prove the secret."""
@@ -344,7 +375,7 @@ class Ring:
             return True
         is_proven = hmac.compare_digest(guest.said, self._proof(b"connect", guest.peer, self.rank, guest.nonces))
         if is_proven and guest.peer not in self._links:
-            self._links[guest.peer] = _Link(guest.peer, guest.socket, self.timeout_s)
+            self._links[guest.peer] = _Link(guest.peer, guest.socket)
         return True
 
     def _proof(self, side: bytes, connecting: int, accepting: int, nonces: bytes) -> bytes:
@@ -357,7 +388,20 @@ class Ring:
         self._end(reason)
 
     def close(self) -> None:
-        """End the group and release its sockets, after waiting for an operation in flight to unwind."""
+        """Leave the group and release its sockets; an operation in flight in another thread is ended first.
+
+        Peers may finish, without this rank, what it has finished; whatever needs it raises PeerLost.
+        """
+        if self._operating.acquire(blocking=False):
+            try:
+                if self._failure is None:
+                    for link in self._links.values():
+                        try:
+                            link.send(_GOODBYE)
+                        except PeerLost:
+                            pass  # left before us
+            finally:
+                self._operating.release()
         self._end("closed")
         with self._operating:
             self._release()
@@ -442,18 +486,17 @@ class Ring:
             if self.world == 1:
                 return
             before, after = self._neighbours()
-            prefix = header
+            flow = _Flow(self, outlet=None if after.peer == root else after, inlet=before)
             if self.rank != root:
-                self._expect(before, header)
+                self._expect(flow, before, header)
+            if after.peer != root:
+                flow.send(header)
             for piece in _pieces(array, 0, array.size):
-                view = _bytes_of(piece)
                 if self.rank != root:
-                    before.receive(view)
+                    flow.receive(_bytes_of(piece))
                 if after.peer != root:
-                    after.send(prefix, view)
-                    prefix = b""
-            if prefix and after.peer != root:
-                after.send(prefix)
+                    flow.send(_bytes_of(piece))
+            flow.flush()
 
     def reduce(self, array: Array, root: int = 0, op: Reduction = SUM) -> None:
         """Reduce `array` over all ranks into the `array` of `root`, along a chain that ends there."""
@@ -461,34 +504,37 @@ class Ring:
             if self.world == 1:
                 return
             before, after = self._neighbours()
-            is_first = before.peer == root
-            prefix = header
-            if not is_first:
-                self._expect(before, header)
+            flow = _Flow(self, outlet=None if self.rank == root else after, inlet=before)
+            if before.peer != root:
+                self._expect(flow, before, header)
+            if self.rank != root:
+                flow.send(header)
             for piece in _pieces(array, 0, array.size):
-                if not is_first:
+                if before.peer != root:
                     scratch = self._room(piece.nbytes)[: piece.nbytes]
-                    before.receive(memoryview(scratch))
+                    flow.receive(memoryview(scratch))
                     received = scratch.view(array.dtype)
                     out = piece if self.rank == root else received
                     op.apply(received, piece, out=out)
                     piece = out
                 if self.rank != root:
-                    after.send(prefix, _bytes_of(piece))
-                    prefix = b""
-            if prefix and self.rank != root:
-                after.send(prefix)
+                    flow.send(_bytes_of(piece))
+                    flow.flush()  # before the scratch memory is used again
+            flow.flush()
 
     def send(self, array: Array, to: int) -> None:
         """Send `array` to one rank. Returns when the kernel has taken all of it."""
         with self._operation(_MESSAGE, array, root=to, counter=self._sent) as header:
-            self._links[to].send(header, _bytes_of(array))
+            flow = _Flow(self, outlet=self._links[to])
+            flow.send(header, _bytes_of(array))
+            flow.flush()
 
     def recv(self, array: Array, source: int) -> None:
         """Receive into `array` what rank `source` sends."""
         with self._operation(_MESSAGE, array, root=self.rank, counter=self._received, peer=source) as header:
-            self._expect(self._links[source], header)
-            self._links[source].receive(_bytes_of(array))
+            flow = _Flow(self, inlet=self._links[source])
+            self._expect(flow, self._links[source], header)
+            flow.receive(_bytes_of(array))
 
     def barrier(self) -> None:
         """Return when all ranks have called it."""
@@ -500,14 +546,10 @@ class Ring:
     def limited(self, timeout_s: float) -> Iterator[None]:
         """Give the operations of this context another limit than the group's."""
         usual_s, self.timeout_s = self.timeout_s, timeout_s
-        for link in list(self._links.values()):
-            link.limit(timeout_s)
         try:
             yield
         finally:
             self.timeout_s = usual_s
-            for link in list(self._links.values()):
-                link.limit(usual_s)
 
     # --- inside an operation
 
@@ -568,78 +610,95 @@ class Ring:
             self._scratch = np.empty(max(size_bytes, _PIECE_BYTES), np.uint8)
         return self._scratch
 
+    def _wait(self, inlet: _Link | None, outlet: _Link | None) -> None:
+        """Wait until bytes can be received from one link or sent to another."""
+        if inlet is not None:
+            both = select.POLLOUT if inlet is outlet else 0
+            self._watch.want(inlet, select.POLLIN | both)
+        if outlet is not None and outlet is not inlet:
+            self._watch.want(outlet, select.POLLOUT)
+        if not self._watch.wait(self.timeout_s):
+            raise self._late([link.peer for link in (inlet, outlet) if link is not None][:1])
+        for link in (inlet, outlet):
+            if link is not None:
+                self._watch.want(link, 0)
+
+    def _late(self, peers: Sequence[int]) -> WaitTimeout:
+        return WaitTimeout(f"nothing moved to or from rank {', '.join(map(str, peers))} for {self.timeout_s:g} s")
+
     def _swap(self, header: bytes, array: Array) -> list[Array]:
         """Exchange a small array with every peer; return the arrays of all ranks, valid until the next operation."""
         view, size_bytes = _bytes_of(array), array.nbytes
         stride = (size_bytes + 2 * _LINE - 1) // _LINE * _LINE
         scratch = self._room(stride * self.world)
-        for link in self._links.values():
-            link.send(header, view)
         parts = []
+        missing = {}
         for rank in range(self.world):
+            start = rank * stride + _LINE
             if rank == self.rank:
                 parts.append(array)
                 continue
-            link = self._links[rank]
-            _spin(link.inbox)
-            start = rank * stride + _LINE
-            area = memoryview(scratch[start - _HEADER.size : start + size_bytes])
-            filled = link.receive_some(area)
-            while filled < _HEADER.size:  # never ask for more than the header before it has been checked
-                filled += link.receive_some(area[filled : _HEADER.size])
-            if area[: _HEADER.size] != header:
-                raise self._mismatch(link.peer, header, bytes(area[: _HEADER.size]))
-            link.receive(area[filled:])
             parts.append(scratch[start : start + size_bytes].view(array.dtype))
+            missing[rank] = memoryview(scratch[start - _HEADER.size : start + size_bytes]), 0
+            link = self._links[rank]
+            sent = link.send(header, view)
+            if sent < _HEADER.size + size_bytes:  # rare: the kernel's buffer holds messages that are still unread
+                flow = _Flow(self, outlet=link)
+                flow.send(memoryview(header + view)[sent:])
+                flow.flush()
+            self._watch.want(link, select.POLLIN)
+        while missing:
+            ready = self._watch.wait(self.timeout_s)
+            if not ready:
+                raise self._late(list(missing))
+            for link in ready:
+                area, filled = missing[link.peer]
+                filled += link.receive(area[filled:])
+                if filled >= _HEADER.size:
+                    self._check(link.peer, header, area[: _HEADER.size])
+                missing[link.peer] = area, filled
+                if filled == len(area):
+                    del missing[link.peer]
+                    self._watch.want(link, 0)
         return parts
 
     def _circulate(self, header: bytes, array: Array, moves: Sequence[Move], reducing: int, op: Reduction) -> None:
         """Make the moves of a ring. The first `reducing` of them reduce what is received, the others store it."""
         before, after = self._neighbours()
-        duplex = _Duplex(after, before)
+        flow = _Flow(self, outlet=after, inlet=before)
         bounds = chunk_bounds(array.size, self.world)
-        arrived = memoryview(bytearray(_HEADER.size))
-        duplex.queue.append(memoryview(header))
-        first = moves[0].send
-        duplex.queue.extend(_bytes_of(piece) for piece in _pieces(array, bounds[first], bounds[first + 1]))
-        duplex.receive(arrived)
-        if arrived != header:
-            raise self._mismatch(before.peer, header, bytes(arrived))
+        flow.send(header)
+        flow.send(*map(_bytes_of, _pieces(array, bounds[moves[0].send], bounds[moves[0].send + 1])))
+        self._expect(flow, before, header)
         for index, move in enumerate(moves):
             for piece in _pieces(array, bounds[move.receive], bounds[move.receive + 1]):
                 if index < reducing:
                     scratch = self._room(piece.nbytes)[: piece.nbytes]
-                    duplex.receive(memoryview(scratch))
+                    flow.receive(memoryview(scratch))
                     op.apply(scratch.view(array.dtype), piece, out=piece)
                 else:
-                    duplex.receive(_bytes_of(piece))
+                    flow.receive(_bytes_of(piece))
                 if index + 1 < len(moves):
                     # What is queued is not written again before the next rank has it: only its share or its copy,
                     # made after it had this piece, can come round and overwrite the piece.
-                    duplex.queue.append(_bytes_of(piece))
-        duplex.flush()
+                    flow.send(_bytes_of(piece))
+        flow.flush()
 
-    def _expect(self, link: _Link, header: bytes) -> None:
+    def _expect(self, flow: _Flow, link: _Link, header: bytes) -> None:
         arrived = memoryview(bytearray(_HEADER.size))
-        link.receive(arrived)
-        if arrived != header:
-            raise self._mismatch(link.peer, header, bytes(arrived))
+        flow.receive(arrived)
+        self._check(link.peer, header, arrived)
 
-    def _mismatch(self, peer: int, own: bytes, arrived: bytes) -> ConfigError:
-        return ConfigError(
+    def _check(self, peer: int, own: bytes, arrived: memoryview) -> None:
+        """Raise unless a peer began the very operation that we are in."""
+        if arrived == own:
+            return
+        if arrived == _GOODBYE:
+            raise PeerLost(f"rank {peer} has left the group")
+        raise ConfigError(
             f"rank {self.rank} calls {_describe(own)} but rank {peer} calls {_describe(arrived)}. All ranks of a group "
             "must make the same calls in the same order, with arrays of equal size and dtype."
         )
-
-
-def _spin(poll: select.poll) -> bool:
-    """Poll for a moment; return whether anything is ready."""
-    end_s = time.perf_counter() + _SPIN_S
-    while not poll.poll(0):
-        if time.perf_counter() > end_s:
-            return False
-        os.sched_yield()
-    return True
 
 
 def _bytes_of(array: Array) -> memoryview:
@@ -652,7 +711,7 @@ def _pieces(array: Array, start: int, stop: int) -> Iterator[Array]:
         yield array[lower : min(lower + step, stop)]
 
 
-def _describe(header: bytes) -> str:
+def _describe(header: bytes | memoryview) -> str:
     call, reduction, kind, itemsize, root, number, count = _HEADER.unpack(header)
     if call >= len(_CALLS) or reduction >= len(_REDUCTION_NAMES):
         return "something unknown"

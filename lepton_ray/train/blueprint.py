@@ -175,8 +175,9 @@ def _kind(value: Any) -> str:
     return cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _facts(name: str, shapes: Sequence[tuple[str, Sequence[int], str]], parameters: int) -> dict[str, Any]:
-    lines = "\n".join(f"{tensor} {list(shape)} {dtype}" for tensor, shape, dtype in shapes)
+def _facts(name: str, tensors: Sequence[tuple[str, Sequence[int], str, bool]], parameters: int) -> dict[str, Any]:
+    """tensors: name, shape, type and whether it is trained."""
+    lines = "\n".join(f"{path} {list(shape)} {dtype} {trained}" for path, shape, dtype, trained in tensors)
     return {"class": name, "parameters": parameters, "sha256": hashlib.sha256(lines.encode()).hexdigest()}
 
 
@@ -281,8 +282,8 @@ def _module_tensors(module: Any) -> dict[str, Any]:
 
 
 def _module_facts(module: Any) -> dict[str, Any]:
-    shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in _module_tensors(module).items()]
-    return _facts(type(module).__qualname__, shapes, sum(p.numel() for p in module.parameters()))
+    tensors = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in _module_tensors(module).items()]
+    return _facts(type(module).__qualname__, tensors, sum(p.numel() for p in module.parameters()))
 
 
 def _restore_module(module: Any, state: Mapping[str, Any]) -> None:
@@ -341,8 +342,7 @@ def _check_keras(model: Any) -> None:
     if not model.trainable_weights:
         raise ConfigError(f"model={_kind(model)}: all layers are frozen. Set trainable=True on those to be trained.")
     for method in ("train_step", "test_step"):
-        owner = next((c for c in type(model).__mro__ if method in vars(c)), None)
-        if owner and not _is_keras_own(owner):
+        if is_overridden(type(model), method):
             raise ConfigError(
                 f"model={_kind(model)} has its own {method}, which is written for one process. "
                 "Move the loss to compute_loss or add_loss, or pass step_fn= with a torch model."
@@ -359,11 +359,23 @@ def _check_keras(model: Any) -> None:
         )
 
 
+def is_overridden(cls: type, method: str) -> bool:
+    """Tell whether a class of the user, not one of Keras, defines what a Keras model has as `method`."""
+    owner = next((c for c in cls.__mro__ if method in vars(c)), None)
+    return owner is not None and not _is_keras_own(owner)
+
+
 def _untrainable(layer: Any) -> str | None:
     for cls in type(layer).__mro__:
         # Each backend has a base class of layers, and that of JAX is called JaxLayer too.
         if _is_keras_own(cls) and ".backend." not in cls.__module__ and cls.__name__ in _UNTRAINABLE_LAYERS:
             return _UNTRAINABLE_LAYERS[cls.__name__]
+    is_model = "Model" in {c.__name__ for c in type(layer).__mro__}
+    if is_model and is_overridden(type(layer), "__init__") and not is_overridden(type(layer), "get_config"):
+        taken = inspect.signature(type(layer).__init__).parameters.values()
+        named = [p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY][1:]
+        if set(named) - {"name", "dtype", "trainable"}:
+            return f"takes {', '.join(named)} but has no get_config, so Keras would make it with defaults. Add one"
     if getattr(layer, "stateful", False) is True and hasattr(layer, "reset_state"):
         return "is stateful: it carries states from batch to batch, but the batches are shared out. Set stateful=False"
     if type(layer).__name__ == "BatchNormalization":
@@ -396,9 +408,10 @@ def _save_keras(model: Any) -> bytes:
 
 
 def _keras_facts(model: Any) -> dict[str, Any]:
-    names = weight_names(model)
-    shapes = [(name, tuple(v.shape), str(v.dtype)) for name, v in zip(names, model.weights)]
-    facts = _facts(type(model).__qualname__, shapes, sum(_size(v.shape) for v in model.weights))
+    trained = {id(v) for v in model.trainable_weights}
+    named = zip(weight_names(model), model.weights)
+    tensors = [(name, tuple(v.shape), str(v.dtype), id(v) in trained) for name, v in named]
+    facts = _facts(type(model).__qualname__, tensors, sum(_size(v.shape) for v in model.weights))
     if getattr(model, "compiled", False):
         with _named_lambdas(_custom_objects(model)):
             config = {name: model.get_compile_config().get(name) for name in _COMPILE_OPTIONS}

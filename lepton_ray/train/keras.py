@@ -27,7 +27,7 @@ from torch import nn
 from lepton_ray.data.batch import Batch, samples, split_target
 from lepton_ray.errors import CheckpointError, ConfigError
 from lepton_ray.plan.batch import seed_of
-from lepton_ray.train.blueprint import FACTORY_HINT, describe, weight_names
+from lepton_ray.train.blueprint import FACTORY_HINT, describe, is_overridden, weight_names
 from lepton_ray.train.model import Buffer, Model
 from lepton_ray.train.objective import Objective, Outcome, call
 from lepton_ray.train.words import TargetFacts, infer_loss
@@ -124,12 +124,25 @@ def load(payload: bytes, facts: Mapping[str, Any], device: torch.device) -> kera
         path = Path(folder) / "model.keras"
         path.write_bytes(archive)
         try:
-            model = keras.saving.load_model(path, custom_objects=pickle.loads(code), safe_mode=False)
+            custom = {name: _remakeable(value) for name, value in pickle.loads(code).items()}
+            model = keras.saving.load_model(path, custom_objects=custom, safe_mode=False)
         except Exception as error:  # the user's layers may raise anything
             raise ConfigError(f"Keras cannot load model={facts['class']} on torch: {error}\n{_advice()}") from error
     if describe(model)["sha256"] != facts["sha256"]:
-        raise ConfigError(f"Keras made model={facts['class']} with other weights than it was saved with.\n{_advice()}")
+        raise ConfigError(
+            f"Keras made model={facts['class']} with other weights, or others of them frozen.\n{_advice()}"
+        )
     return model
+
+
+def _remakeable(definition: Any) -> Any:
+    """Let Keras make a user's model class again that takes no arguments, to which it would pass some."""
+    is_model = isinstance(definition, type) and issubclass(definition, keras.Model)
+    if not is_model or is_overridden(definition, "get_config") or is_overridden(definition, "from_config"):
+        return definition
+    if inspect.signature(definition).parameters:
+        return definition
+    return type(definition.__name__, (definition,), {"from_config": classmethod(lambda cls, config: definition())})
 
 
 def _advice() -> str:
@@ -176,8 +189,7 @@ def defaults(model: KerasModel) -> KerasDefaults:
 
 def has_own_loss(model: KerasModel) -> bool:
     """Tell whether the model computes its loss itself, by its own `compute_loss`."""
-    owner = next(c for c in type(model.keras_model).__mro__ if "compute_loss" in vars(c))
-    return not owner.__module__.startswith("keras.")
+    return is_overridden(type(model.keras_model), "compute_loss")
 
 
 def infer(activation: str | None, target: TargetFacts, outputs: tuple[int, ...]) -> KerasDefaults:

@@ -92,7 +92,7 @@ def flip(path, at):
 # --- exactness
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_tensors_of_every_type_and_shape_come_back(tmp_path_factory, data):
     folder = Folder(str(tmp_path_factory.mktemp("c")))
@@ -141,6 +141,7 @@ trees = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(tree=trees)
 def test_any_tree_comes_back_through_json(tree):
     tensors = {}
@@ -401,7 +402,7 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, harm, complaint):
     assert re.search(complaint, damaged(tmp_path, harm))
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), name=st.sampled_from(["state-0.safetensors", "manifest.json"]))
 def test_no_flipped_bit_goes_unseen(tmp_path_factory, place, name):
     def harm(at):
