@@ -26,6 +26,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,8 +70,11 @@ _GOODBYE = _HEADER.pack(0xFF, 0, 0, 0, 0, 0, 0)
 # An all-to-all of at most so many outgoing bytes per rank is faster than a ring (and fits into any socket buffer, so
 # that all ranks may send before they receive).
 _DIRECT_BYTES = 32 << 10
-# A piece is received, reduced and forwarded while it is in the L2 cache.
-_PIECE_BYTES = 256 << 10
+# A piece is received, reduced and forwarded while it is in the cache.
+_PIECE_BYTES = 1 << 20
+# Socket buffers that keep a link busy while the other end reduces a piece. Only where the kernel grants them: asking for
+# more than it grants leaves a small buffer and turns its own tuning off.
+_BUFFER_BYTES = 4 << 20
 # Waking a sleeping process on another core costs 50-140 us on a virtual machine, so a short wait is polled. Between two
 # polls the core is offered to others: with more ranks than cores the awaited one may need it.
 _SPIN_S = 100e-6
@@ -92,6 +97,9 @@ class _Link:
         self.peer, self.socket, self.descriptor = peer, connection, connection.fileno()
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option, limit in ((socket.SO_SNDBUF, "wmem_max"), (socket.SO_RCVBUF, "rmem_max")):
+            if _kernel_limit(limit) >= _BUFFER_BYTES:
+                connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
         # Keepalive finds a peer whose machine went silent while nothing is in flight. TCP_USER_TIMEOUT is left alone:
         # it also ends connections to healthy peers that do not read for a while because they compute.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -699,6 +707,14 @@ class Ring:
             f"rank {self.rank} calls {_describe(own)} but rank {peer} calls {_describe(arrived)}. All ranks of a group "
             "must make the same calls in the same order, with arrays of equal size and dtype."
         )
+
+
+@cache
+def _kernel_limit(name: str) -> int:
+    try:
+        return int(Path("/proc/sys/net/core", name).read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def _bytes_of(array: Array) -> memoryview:

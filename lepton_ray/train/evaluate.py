@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,11 +26,51 @@ def own_blocks(
         yield index, to_device(batch, device)
 
 
+class Counts(Protocol):
+    """Metrics as numbers that add up over microbatches and workers."""
+
+    def update(self, outputs: Any, target: Any) -> None:
+        """Count a block."""
+
+    def prime(self, outputs: Any, target: Any) -> None:
+        """Learn from a block, without counting it, how long `vector` is; for a worker that has none of its own."""
+
+    def vector(self) -> torch.Tensor:
+        """Return all counts, 1-D float64 on the CPU."""
+
+    def result(self, counts: torch.Tensor) -> dict[str, float]:
+        """Return the metrics by name from counts summed over the workers, and start anew."""
+
+
+class Sums:
+    """The counts of metrics that are sums with weights."""
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self._metrics = metrics
+        self._counts = torch.zeros(len(metrics), 2, dtype=torch.float64)
+
+    def update(self, outputs: Any, target: Any) -> None:
+        for row, metric in zip(self._counts, self._metrics.values()):
+            total, weight = metric(outputs, target)
+            row += torch.tensor([float(total), float(weight)], dtype=torch.float64)
+
+    def prime(self, outputs: Any, target: Any) -> None:
+        """Nothing to learn: two counts per metric."""
+
+    def vector(self) -> torch.Tensor:
+        return self._counts.flatten()
+
+    def result(self, counts: torch.Tensor) -> dict[str, float]:
+        self._counts.zero_()
+        pairs = counts.view(-1, 2).tolist()
+        return finish({name: (total, weight) for name, (total, weight) in zip(self._metrics, pairs)})
+
+
 @torch.no_grad()
 def evaluate(
     model: Model,
     objective: Objective,
-    metrics: Mapping[str, Metric],
+    counts: Counts,
     source: Source | Stream,
     *,
     block_samples: int,
@@ -39,21 +79,24 @@ def evaluate(
     device: torch.device,
 ) -> dict[str, float]:
     """Return the mean loss and the metrics over all of `source`; the same numbers on every worker."""
-    names = ["loss", *metrics]
-    sums = torch.zeros((len(names), 2), dtype=torch.float64)
+    loss_sum = weight = 0.0
+    seen = 0
     model.train(False)
     try:
         for _, batch in own_blocks(source, block_samples, peers, device):
             with autocast(precision, device):
                 outcome = objective(model, batch)
-            sums[0] += torch.tensor([float(outcome.loss_sum), outcome.weight], dtype=torch.float64)
-            for row, metric in zip(sums[1:], metrics.values()):
-                total, weight = metric(outcome.outputs, outcome.target)
-                row += torch.tensor([float(total), float(weight)], dtype=torch.float64)
+            loss_sum, weight, seen = loss_sum + float(outcome.loss_sum), weight + outcome.weight, seen + 1
+            counts.update(outcome.outputs, outcome.target)
+        if not seen:  # fewer blocks than workers
+            _, batch = next(blocks(source, block_samples))
+            outcome = objective(model, to_device(batch, device))
+            counts.prime(outcome.outputs, outcome.target)
     finally:
         model.train(True)
-    peers.allreduce(sums.view(-1))
-    return finish({name: (float(total), float(weight)) for name, (total, weight) in zip(names, sums.tolist())})
+    sums = torch.cat([torch.tensor([loss_sum, weight], dtype=torch.float64), counts.vector()])
+    peers.allreduce(sums)
+    return {"loss": float(sums[0] / sums[1]), **counts.result(sums[2:])}
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ class Task:
                 microbatches=spec.batch.microbatches or peers.world,
                 seed=spec.seed,
             )
-        self._parts = make_parts(spec, feed, peers, device)
+        self._parts = make_parts(spec, feed, train_source or test_source, peers, device, self._note)
         self._loop = None
         if feed is not None:
             self._loop = Loop(
@@ -74,7 +74,7 @@ class Task:
         assert self._source is not None
         if self._spec.mode == "predict":
             return predict(self._parts.model, self._source, **common)
-        found = evaluate(self._parts.model, self._parts.judge, self._parts.metrics, self._source, **common)
+        found = evaluate(self._parts.model, self._parts.judge, self._parts.counts, self._source, **common)
         if self._peers.rank == 0:
             self._report("evaluated", metrics=found)
         return []
@@ -82,6 +82,10 @@ class Task:
     def close(self) -> None:
         """Let go of the model."""
         self._parts.stepper.close()
+
+    def _note(self, text: str) -> None:
+        if self._peers.rank == 0:
+            self._report("note", text=text)
 
     def _load(self) -> None:
         """Load the trained weights of the run, when it has any."""

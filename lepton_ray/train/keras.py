@@ -30,7 +30,7 @@ from lepton_ray.plan.batch import seed_of
 from lepton_ray.train.blueprint import FACTORY_HINT, describe, is_overridden, weight_names
 from lepton_ray.train.model import Buffer, Model
 from lepton_ray.train.objective import Objective, Outcome, call
-from lepton_ray.train.words import TargetFacts, infer_loss
+from lepton_ray.train.words import TargetFacts, infer_loss, target_facts
 
 _WRONG_BACKEND = (
     "a Keras model is trained on Keras' torch backend, but this process runs {found}. "
@@ -59,6 +59,7 @@ class KerasModel:
         self.keras_model, self.device = model, device
         self._training = True
         self._takes_training = _takes(model.call, "training")
+        self._loss_takes_training = _takes(model.compute_loss, "training")
         self._weights = dict(zip(weight_names(model), model.weights))
         owned = {id(v) for v in model.weights}
         self._seeds = [v for v in model.variables if id(v) not in owned]
@@ -105,10 +106,9 @@ class KerasModel:
 
     def compute_loss(self, inputs: Any, target: Any, outputs: Any) -> torch.Tensor:
         """Return the mean loss as the model computes it itself, with its penalty."""
-        model = self.keras_model
-        mode = {"training": self._training} if _takes(model.compute_loss, "training") else {}
+        mode = {"training": self._training} if self._loss_takes_training else {}
         with self.scope():
-            return model.compute_loss(x=inputs, y=target, y_pred=outputs, sample_weight=None, **mode)
+            return self.keras_model.compute_loss(x=inputs, y=target, y_pred=outputs, sample_weight=None, **mode)
 
     def scope(self) -> AbstractContextManager[Any]:
         """Return a context in which this thread's Keras makes its tensors on the device of the model."""
@@ -185,6 +185,46 @@ def defaults(model: KerasModel) -> KerasDefaults:
     """Return what the model was compiled with; without `compile()`, nothing."""
     config = _compiled(model)
     return KerasDefaults(loss=config.get("loss"), optimizer=config.get("optimizer"), metrics=config.get("metrics"))
+
+
+def prepare(
+    model: KerasModel, batch: Batch, *, loss: Any = None, optimizer: Any = None, metrics: Any = None
+) -> KerasDefaults:
+    """Compile the model for training and return what it is compiled with.
+
+    What is given counts first, then what the model was compiled with, then what follows from `batch`, the same one on
+    every worker. loss, optimizer, metrics: as `keras.Model.compile` takes them. Raises ConfigError.
+    """
+    own = defaults(model)
+    if loss is not None:
+        own = KerasDefaults(optimizer=own.optimizer, metrics=own.metrics, why="it was given to the trainer")
+    elif has_own_loss(model):
+        own = KerasDefaults(optimizer=own.optimizer, metrics=own.metrics, why="the model has its own compute_loss")
+    elif own.loss is None:
+        own = _inferred(model, batch)
+    compile_model(
+        model,
+        loss=own.loss if loss is None and not defaults(model).loss else loss,
+        optimizer=optimizer or own.optimizer or "adam",
+        metrics=metrics or own.metrics,
+    )
+    final = defaults(model)
+    return KerasDefaults(loss=final.loss, optimizer=final.optimizer, metrics=final.metrics, why=own.why)
+
+
+def _inferred(model: KerasModel, batch: Batch) -> KerasDefaults:
+    activation = last_activation(model)
+    inputs, target = split_target(batch)
+    if not isinstance(target, torch.Tensor):
+        raise ConfigError(
+            "no loss was given, the model was not compiled, and the batches have no single target tensor. "
+            "Call model.compile(loss=...), or pass loss=."
+        )
+    model.train(False)
+    with torch.no_grad():
+        outputs = call(model, inputs)
+    model.train(True)
+    return infer(activation, target_facts(target.cpu()), tuple(outputs.shape))
 
 
 def has_own_loss(model: KerasModel) -> bool:

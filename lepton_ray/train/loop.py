@@ -217,7 +217,7 @@ class Loop:
         found = evaluate(
             self._parts.model,
             self._parts.judge,
-            self._parts.metrics,
+            self._parts.counts,
             self._test_source,
             block_samples=-(-self._spec.batch.samples // self._peers.world),
             precision=self._spec.precision,
@@ -294,6 +294,7 @@ class Loop:
         if self._sums.weight:
             self._metrics["train_loss"] = self._sums.loss
         if is_complete:
+            self._parts.finalize()
             self._validate()
         digest = weights_digest(self._parts.model.state())
         self._compare(digest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 
 from lepton_ray.callbacks import Callback
 from lepton_ray.data.feed import Feed, StreamFeed
+from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.batch import seed_of
 from lepton_ray.train.blueprint import build
 from lepton_ray.train.free_step import FreeStepper
-from lepton_ray.train.metrics import Metric, make_metrics
+from lepton_ray.train.metrics import make_metrics
+from lepton_ray.train.evaluate import Counts, Sums
 from lepton_ray.train.model import Model
 from lepton_ray.train.objective import Objective, StepFn, make_objective
 from lepton_ray.train.optimizers import Optimizers, Schedulers, make_optimizer, make_scheduler
@@ -32,7 +34,8 @@ class Parts:
     model: Model
     judge: Objective
     """The loss of evaluations."""
-    metrics: dict[str, Metric]
+    counts: Counts
+    """The metrics of evaluations."""
     optimizers: Optimizers
     schedulers: Schedulers
     callbacks: Sequence[Callback]
@@ -47,6 +50,12 @@ class Parts:
             "schedulers": self.schedulers.state_dict(),
             "scaler": [scaler.scale, scaler.good_steps] if scaler else None,
         }
+
+    def finalize(self) -> None:
+        """Let optimizers that keep averaged weights put them in place, when training is over."""
+        for optimizer in self.optimizers.named.values():
+            if hasattr(optimizer, "finalize"):
+                optimizer.finalize()
 
     def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Take over a state. Raises ConfigError when it is that of another model."""
@@ -74,20 +83,33 @@ def load_weights(model: Model, tensors: Mapping[str, torch.Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def make_parts(spec: TrainSpec, feed: Feed | StreamFeed | None, peers: Peers, device: torch.device) -> Parts:
-    """Build everything. feed: None for a job that does not train. Raises ConfigError."""
+def make_parts(
+    spec: TrainSpec,
+    feed: Feed | StreamFeed | None,
+    source: Source | Stream | None,
+    peers: Peers,
+    device: torch.device,
+    note: Callable[[str], None],
+) -> Parts:
+    """Build everything.
+
+    feed: None for a job that does not train. source: where a Keras model that was not compiled looks for what its
+    targets are. note: told what was inferred.
+    Raises ConfigError.
+    """
     code: Code = pickle.loads(spec.code)  # made by this package in the user's own driver
     model = build(spec.blueprint, device, seed_of(spec.seed))
-    judge = make_objective(code.loss)
-    metrics = make_metrics(code.metrics, code.loss)
-    optimizers = make_optimizer(code.optimizer, model)
+    if hasattr(model, "keras_model"):
+        from lepton_ray.train.keras_parts import keras_pieces  # imports keras, which only these models need
+
+        judge, counts, optimizers = keras_pieces(model, code, source, note)
+    else:
+        judge, counts, optimizers = _torch_pieces(model, code)
     schedulers = make_scheduler(code.scheduler, optimizers)
     common = {"model": model, "feed": feed, "peers": peers, "device": device, "seed": spec.seed}
     stepper: Stepper | FreeStepper
     if code.step_fn is not None and spec.batch.microbatches == peers.world and spec.precision == "fp32":
-        stepper = FreeStepper(
-            step_fn=code.step_fn, optimizers=optimizers.named, shape=optimizers.shape, **common
-        )
+        stepper = FreeStepper(step_fn=code.step_fn, optimizers=optimizers.named, shape=optimizers.shape, **common)
     else:
         stepper = Stepper(
             objective=_train_objective(code.step_fn, judge, optimizers),
@@ -99,13 +121,17 @@ def make_parts(spec: TrainSpec, feed: Feed | StreamFeed | None, peers: Peers, de
     return Parts(
         model=model,
         judge=judge,
-        metrics=metrics,
+        counts=counts,
         optimizers=optimizers,
         schedulers=schedulers,
         callbacks=code.callbacks,
         device=device,
         stepper=stepper,
     )
+
+
+def _torch_pieces(model: Model, code: Code) -> tuple[Objective, Counts, Optimizers]:
+    return make_objective(code.loss), Sums(make_metrics(code.metrics, code.loss)), make_optimizer(code.optimizer, model)
 
 
 def _train_objective(step_fn: StepFn | None, judge: Objective, optimizers: Optimizers) -> Objective:
