@@ -53,7 +53,7 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - pinned by a test
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -153,8 +153,8 @@ def check(
     size = parallel.replica_size
     if size > 1:
         raise ConfigError(
-            f"Parallel(pipeline={parallel.pipeline}, tensor={parallel.tensor}, shard={parallel.shard}) asks for replicas "
-            f"of {size} workers; this version trains replicas of one worker (data parallelism). Use Parallel()."
+            f"Parallel(pipeline={parallel.pipeline}, tensor={parallel.tensor}, shard={parallel.shard}) asks for "
+            f"replicas of {size} workers; this version trains replicas of one worker (data parallelism). Use Parallel()."
         )
     microbatches = batch.microbatches or num_workers
     if batch.samples < microbatches:

@@ -27,7 +27,12 @@ class Job:
     """A run that goes on by itself. Obtained from `DistributedTrainer.submit` or `attach`."""
 
     def __init__(
-        self, name: str, path: str, controller: Any, model: Any = None, on_result: Callable[[Result], None] | None = None
+        self,
+        name: str,
+        path: str,
+        controller: Any,
+        model: Any = None,
+        on_result: Callable[[Result], None] | None = None,
     ) -> None:
         self.name, self.path = name, path
         self._controller, self._model, self._on_result = controller, model, on_result
@@ -159,12 +164,11 @@ class Job:
 def failure_error(failure: Mapping[str, Any], path: str) -> RunFailed:
     """Turn a recorded failure into the error that the user sees."""
     where = f"Journal, worker logs and the last checkpoint are in {path}."
+    rank, step = (-1 if failure[key] is None else failure[key] for key in ("rank", "step"))
     if failure["traceback"]:
-        rank, step = failure["rank"], failure["step"]
-        return WorkerFailed(failure["message"], -1 if rank is None else rank, -1 if step is None else step, failure["traceback"] + f"\n\n{where}")
-    place = "" if failure["rank"] is None else f" (rank {failure['rank']}"
-    place += f", step {failure['step']})" if place and failure["step"] is not None else ")" if place else ""
-    return RunFailed(f"{failure['message']}{place}\n{where}")
+        return WorkerFailed(failure["message"], rank, step, f"{failure['traceback']}\n\n{where}")
+    place = ", ".join(f"{name} {number}" for name, number in (("rank", rank), ("step", step)) if number >= 0)
+    return RunFailed(f"{failure['message']}{f' ({place})' if place else ''}\n{where}")
 
 
 def attach(name: str) -> Job:
@@ -174,7 +178,7 @@ def attach(name: str) -> Job:
         controller = ray.get_actor(controller_name(name), namespace=NAMESPACE)
     except ValueError:
         raise ConfigError(f"no job named {name!r} is running on this cluster.") from None
-    status = ray.get(controller.status.remote(), timeout=CALL_TIMEOUT_S)
+    status: Any = ray.get(controller.status.remote(), timeout=CALL_TIMEOUT_S)
     return Job(name, status["path"], controller)
 
 

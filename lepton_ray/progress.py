@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
@@ -90,6 +90,12 @@ class _LiveLine:
     def close(self) -> None:
         self._is_open = False
         self._live.stop()
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print notes of the driver."""
+    for line in lines:
+        print(f"lepton_ray: {line}", file=sys.stderr, flush=True)
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from lepton_ray.data.sources import Source, Stream, make_source, spare_cpus
 from lepton_ray.errors import ConfigError
 from lepton_ray.job import Job
 from lepton_ray.prepare import Options, Prepared, difference, prepare, with_place
+from lepton_ray.progress import say
 from lepton_ray.result import Result
 from lepton_ray.storage import Folder
 
@@ -176,8 +176,7 @@ class DistributedTrainer:
             with_header = journal.Journal(folder)
             with_header.append("header", **self._header(name))
             with_header.close()
-        for note in self._prepared.notes:
-            print(f"lepton_ray: {note}", file=sys.stderr)
+        say(self._prepared.notes)
         controller = launch.start(
             spec=with_place(self._prepared.spec, name, folder.url),
             train_source=self._train,

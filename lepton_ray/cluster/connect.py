@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ from lepton_ray.plan.types import Node
 
 
 def connect(num_workers: int, cpus: float = 1, spare_cpus: int = 0) -> bool:
-    """Make sure that this process talks to a Ray cluster; return whether it was started here, for this process alone.
+    """Make sure that this process talks to a Ray cluster; return whether it is one for this process alone.
 
     A Ray that is already initialised is used; then the one that RAY_ADDRESS names (Ray sets it for submitted jobs);
-    otherwise a local one starts, with room for `num_workers` of `cpus` and `spare_cpus` more, whatever the machine has. It never joins another
-    cluster that happens to run on this machine.
+    otherwise a local one starts, with room for `num_workers` of `cpus` and `spare_cpus` more, whatever the machine has.
+    It never joins another cluster that happens to run on this machine.
     """
     if ray.is_initialized():
         return False
@@ -27,7 +28,7 @@ def connect(num_workers: int, cpus: float = 1, spare_cpus: int = 0) -> bool:
     try:
         if address:
             _use_token()
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="WARNING")
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
             return False
         room = max(os.cpu_count() or 1, math.ceil(num_workers * cpus) + spare_cpus)
         ray.init(
@@ -36,7 +37,7 @@ def connect(num_workers: int, cpus: float = 1, spare_cpus: int = 0) -> bool:
             namespace=NAMESPACE,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",  # a warning about the token of a cluster that nobody else will use
+            logging_level=logging.ERROR,  # a warning about the token of a cluster that nobody else will use
         )
         return True
     except (ConnectionError, RuntimeError) as error:

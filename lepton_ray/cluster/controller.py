@@ -109,7 +109,7 @@ class Controller:
     async def status(self) -> dict[str, Any]:
         """Return phase, generation, outcome and the newest step record."""
         run = self._run
-        last = next((r for r in reversed(self._records) if r["event"] == "step"), {})
+        last: dict[str, Any] = next((r for r in reversed(self._records) if r["event"] == "step"), {})
         return {
             "name": self._order.name,
             "phase": run.phase.value if run else Phase.WAITING.value,

@@ -51,8 +51,8 @@ def default_storage(folder: str) -> Folder:
     addresses = sorted(node.name for node in nodes())
     if len(addresses) > 1:
         raise ConfigError(
-            f"the cluster has {len(addresses)} nodes ({', '.join(addresses[:4])}), so storage= must name a folder that all "
-            "of them can write: an absolute path on a shared disk, or a URL such as 's3://bucket/folder'."
+            f"the cluster has {len(addresses)} nodes ({', '.join(addresses[:4])}), so storage= must name a folder that "
+            "all of them can write: an absolute path on a shared disk, or a URL such as 's3://bucket/folder'."
         )
     return Folder(os.path.expanduser(folder))
 
@@ -61,7 +61,7 @@ def running(name: str) -> Any:
     """Return the controller of a running job, or None."""
     try:
         controller = ray.get_actor(controller_name(name), namespace=NAMESPACE)
-        status = ray.get(controller.status.remote(), timeout=CALL_TIMEOUT_S)
+        status: Any = ray.get(controller.status.remote(), timeout=CALL_TIMEOUT_S)
     except (ValueError, ray.exceptions.RayActorError):
         return None
     if status["outcome"] is None:
@@ -96,7 +96,7 @@ def start(
         path=[entry for entry in sys.path if entry and os.path.isabs(entry)],
         writes_journal=spec.mode == "train",
     )
-    controller = (
+    controller: Any = (
         ray.remote(Controller)
         .options(
             name=controller_name(spec.name),

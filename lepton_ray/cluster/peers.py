@@ -16,7 +16,7 @@ class RayPeers:
         self.rank, self.world, self._group = rank, world, group
         if world > 1:
             ray_group.register(timeout_s=timeout_s)
-            collective.init_collective_group(world, rank, backend="LEPTON", group_name=group)
+            collective.init_collective_group(world, rank, backend=ray_group.BACKEND, group_name=group)  # type: ignore[arg-type]
 
     def allreduce(self, tensor: torch.Tensor) -> None:
         if self.world > 1:

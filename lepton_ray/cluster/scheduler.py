@@ -125,7 +125,7 @@ class Scheduler:
                     places = await self._place(request, grant)
                     if places is not None:
                         return Granted(places=places, reason=grant.reason)
-                case Wait(reason):
+                case Wait(reason=reason):
                     log.info("%s", reason)
             # Other users of the cluster free resources without telling us: look again by the clock as well.
             with suppress(asyncio.TimeoutError):

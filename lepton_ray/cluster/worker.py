@@ -66,8 +66,8 @@ class Worker:
     def _import(self) -> None:
         """Load what every job needs, while the controller still sets things up."""
         try:
-            import torch  # noqa: F401
             import ray.util.collective  # noqa: F401
+            import torch  # noqa: F401
 
             import lepton_ray.train.job  # noqa: F401
         finally:
@@ -144,7 +144,7 @@ class Worker:
 
     def reset(self) -> bool:
         """Forget the job; return whether the process is as good as new for another."""
-        self._task = self._assignment = self._spec = None
+        self._task = self._assignment = None
         self._outputs = []
         import gc
 

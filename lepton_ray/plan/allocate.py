@@ -86,8 +86,8 @@ def shortage(request: Request, nodes: Sequence[Node], possible: int) -> str:
     """Say what was asked, what the cluster has, and what to change."""
     has = ", ".join(f"{node.name}: {Slot(resources=_plain(node.total))}" for node in nodes) or "no nodes"
     return (
-        f"num_workers={request.workers} asks for {request.workers} x ({request.slot}), but the cluster can hold {possible} "
-        f"({has}). Use num_workers={possible}, smaller Resources(...), or a larger cluster."
+        f"num_workers={request.workers} asks for {request.workers} x ({request.slot}), but the cluster can hold "
+        f"{possible} ({has}). Use num_workers={possible}, smaller Resources(...), or a larger cluster."
         if possible
         else f"one worker asks for {request.slot}, and no node of the cluster has that ({has}). Change Resources(...)."
     )

@@ -17,7 +17,8 @@ class Slot:
         return ",".join(f"{name}={amount:g}" for name, amount in sorted(self.resources.items()) if amount)
 
     def __str__(self) -> str:
-        return " + ".join(f"{amount:g} {name}" for name, amount in sorted(self.resources.items()) if amount) or "nothing"
+        parts = [f"{amount:g} {name}" for name, amount in sorted(self.resources.items()) if amount]
+        return " + ".join(parts) or "nothing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A model as the training loop sees it: named tensors, and a call. One implementation per framework, the torch one here."""
+"""A model as the training loop sees it: named tensors, and a call. Here the protocol and its torch side."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Model(Protocol):
         """Choose training or evaluation behaviour of dropout, BatchNorm and the like."""
 
     def seed(self, seed: int) -> None:
-        """Make the random numbers of the next forward depend on `seed` only (torch's global generator is set already)."""
+        """Make the random numbers of the next forward depend on `seed` only (torch's own generator is set already)."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name the trainable parameters, in a fixed order, each once."""

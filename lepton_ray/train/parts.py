@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,16 +15,19 @@ from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.batch import seed_of
 from lepton_ray.train.blueprint import build
+from lepton_ray.train.evaluate import Counts, Sums
 from lepton_ray.train.free_step import FreeStepper
 from lepton_ray.train.metrics import make_metrics
-from lepton_ray.train.evaluate import Counts, Sums
-from lepton_ray.train.model import Model
+from lepton_ray.train.model import Model, TorchModel
 from lepton_ray.train.objective import Objective, StepFn, make_objective
 from lepton_ray.train.optimizers import Optimizers, Schedulers, make_optimizer, make_scheduler
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.precision import Scaler
 from lepton_ray.train.spec import Code, TrainSpec
 from lepton_ray.train.step import Stepper
+
+if TYPE_CHECKING:
+    from lepton_ray.train.keras import KerasModel
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,13 +73,12 @@ class Parts:
 def load_weights(model: Model, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy saved tensors into the model's own. Raises ConfigError when names or shapes differ."""
     own = model.state()
-    wrong = [
-        name for name in own.keys() | tensors.keys() if name not in own or own[name].shape != tensors[name].shape
-    ] if own.keys() == tensors.keys() else sorted(own.keys() ^ tensors.keys())
+    shapes, saved = ({name: tensor.shape for name, tensor in state.items()} for state in (own, tensors))
+    wrong = sorted(name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name))
     if wrong:
         raise ConfigError(
-            f"the checkpoint is of another model: {wrong[0]!r} and {len(wrong) - 1} more of its {len(tensors)} tensors do "
-            "not fit. Start under another name, or use the model that the run began with."
+            f"the checkpoint is of another model: {wrong[0]!r} and {len(wrong) - 1} more tensors do not fit. "
+            "Start under another name, or use the model that the run began with."
         )
     with torch.no_grad():
         for name, tensor in own.items():
@@ -99,14 +101,16 @@ def make_parts(
     """
     code: Code = pickle.loads(spec.code)  # made by this package in the user's own driver
     model = build(spec.blueprint, device, seed_of(spec.seed))
-    if hasattr(model, "keras_model"):
+    if isinstance(model, TorchModel):
+        judge = make_objective(code.loss)
+        counts: Counts = Sums(make_metrics(code.metrics, code.loss))
+        optimizers = make_optimizer(code.optimizer, model)
+    else:
         from lepton_ray.train.keras_parts import keras_pieces  # imports keras, which only these models need
 
-        judge, counts, optimizers = keras_pieces(model, code, source, note)
-    else:
-        judge, counts, optimizers = _torch_pieces(model, code)
+        judge, counts, optimizers = keras_pieces(cast("KerasModel", model), code, source, note)
     schedulers = make_scheduler(code.scheduler, optimizers)
-    common = {"model": model, "feed": feed, "peers": peers, "device": device, "seed": spec.seed}
+    common: dict[str, Any] = {"model": model, "feed": feed, "peers": peers, "device": device, "seed": spec.seed}
     stepper: Stepper | FreeStepper
     if code.step_fn is not None and spec.batch.microbatches == peers.world and spec.precision == "fp32":
         stepper = FreeStepper(step_fn=code.step_fn, optimizers=optimizers.named, shape=optimizers.shape, **common)
@@ -128,10 +132,6 @@ def make_parts(
         device=device,
         stepper=stepper,
     )
-
-
-def _torch_pieces(model: Model, code: Code) -> tuple[Objective, Counts, Optimizers]:
-    return make_objective(code.loss), Sums(make_metrics(code.metrics, code.loss)), make_optimizer(code.optimizer, model)
 
 
 def _train_objective(step_fn: StepFn | None, judge: Objective, optimizers: Optimizers) -> Objective:

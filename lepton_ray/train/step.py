@@ -130,9 +130,7 @@ class Stepper:
             weight=ballot[1],
             samples=int(ballot[2]),
             stop=ballot[4] > 0,
-            extra={
-                name: total / share for name, total, share in zip(self._extra_names, ballot[5::2], ballot[6::2]) if share
-            },
+            extra={name: total / n for name, total, n in zip(self._extra_names, ballot[5::2], ballot[6::2]) if n},
         )
         if ballot[3] > 0:
             self._drop_unused(untouched)

@@ -131,7 +131,7 @@ def test_float64_weights_are_those_of_a_plain_loop(
     found, _ = trained(torch.float64, make, workers, 10, storage)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7)
 
 
 @pytest.mark.slow
