@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -17,7 +17,7 @@ from lepton_ray import journal
 from lepton_ray.cluster.connect import connect
 from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE, controller_name
 from lepton_ray.errors import ConfigError, RunCancelled, RunFailed, WaitTimeout, WorkerFailed
-from lepton_ray.plan.membership import Outcome
+from lepton_ray.plan.membership import Outcome, Phase
 from lepton_ray.progress import Progress
 from lepton_ray.result import Result, make_result
 from lepton_ray.storage import Folder
@@ -36,16 +36,15 @@ class Job:
     ) -> None:
         self.name, self.path = name, path
         self._controller, self._model, self._on_result = controller, model, on_result
-        self._records: list[dict[str, Any]] = []
-        self._is_over = False
+        self._ended: dict[str, Any] | None = None
 
     @classmethod
     def finished(
-        cls, name: str, path: str, records: list[dict[str, Any]], model: Any, on_result: Callable[[Result], None]
+        cls, name: str, path: str, ended: dict[str, Any], model: Any, on_result: Callable[[Result], None]
     ) -> Job:
-        """Return a job whose run ended before, from its journal."""
+        """Return a job whose run ended before, with the record of its end."""
         job = cls(name, path, None, model, on_result)
-        job._records, job._is_over = records, True
+        job._ended = ended
         return job
 
     def __repr__(self) -> str:
@@ -53,29 +52,26 @@ class Job:
 
     def status(self) -> dict[str, Any]:
         """Return phase, outcome, generation and the newest step's numbers."""
-        try:
-            if self._controller is None:
-                return {"name": self.name, "phase": "ended", "outcome": "finished", "path": self.path}
-            return dict(ray.get(self._controller.status.remote(), timeout=CALL_TIMEOUT_S))
-        except RayActorError:
-            records = journal.read(Folder(self.path))
-            ended = next((r for r in reversed(records) if r["event"] == "ended"), None)
-            return {
-                "name": self.name,
-                "phase": "ended",
-                "outcome": ended["outcome"] if ended else "lost",
-                "path": self.path,
-            }
+        if self._controller is not None:
+            with suppress(RayActorError):
+                return dict(ray.get(self._controller.status.remote(), timeout=CALL_TIMEOUT_S))
+        ended = self._ended or _end_of(journal.read(Folder(self.path)))
+        return {
+            "name": self.name,
+            "phase": Phase.ENDED.value,
+            "outcome": ended["outcome"] if ended else "lost",
+            "path": self.path,
+        }
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yield the run's journal records from this controller's start on, waiting for new ones until it ends."""
-        position = 0
-        while True:
-            yield from self._records[position:]
-            position = len(self._records)
-            if self._is_over:
-                return
-            self._fetch()
+        """Yield the run's journal records from now on or a little before, waiting for new ones until the run ends."""
+        if self._ended is not None:
+            yield self._ended
+            return
+        position, is_over = 0, False
+        while not is_over:
+            fresh, position, is_over = self._fetch(position)
+            yield from fresh
 
     def wait(self, timeout_s: float | None = None) -> Result:
         """Wait for the end and return the result.
@@ -106,45 +102,45 @@ class Job:
     def collect(self) -> tuple[list[dict[str, Any]], list[Any]]:
         """Wait for a job without a journal; return its records and what its workers predicted."""
         records = list(self.events())
-        ended = records[-1]
-        if ended["outcome"] != Outcome.FINISHED:
-            self._conclude()
+        if records[-1]["outcome"] != Outcome.FINISHED:
+            self._conclude(records[-1])
         outputs = ray.get(ray.get(self._controller.outputs.remote(), timeout=CALL_TIMEOUT_S))
         self._controller.close.remote()
         return records, outputs
 
     def _wait(self, timeout_s: float | None, show: Callable[[Mapping[str, Any]], None]) -> Result:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        position = 0
-        while True:
-            for record in self._records[position:]:
-                show(record)
-            position = len(self._records)
-            if self._is_over:
-                return self._conclude()
+        position, is_over = 0, self._ended is not None
+        while not is_over:
             if deadline_s is not None and time.monotonic() > deadline_s:
                 raise WaitTimeout(f"job {self.name!r} did not end within {timeout_s:g} s; it goes on. Wait again.")
-            self._fetch()
+            fresh, position, is_over = self._fetch(position)
+            for record in fresh:
+                show(record)
+            if is_over:
+                self._ended = fresh[-1]
+        assert self._ended is not None
+        return self._conclude(self._ended)
 
-    def _fetch(self) -> None:
-        """Ask for new records; the controller answers within a few seconds, with or without any."""
+    def _fetch(self, position: int) -> tuple[list[dict[str, Any]], int, bool]:
+        """Ask for records from `position` on; the controller answers within a few seconds, with or without any.
+
+        Returns them, the next position, and whether the last of them is the end.
+        """
         try:
-            fresh, over = ray.get(self._controller.events.remote(len(self._records)), timeout=CALL_TIMEOUT_S)
+            return ray.get(self._controller.events.remote(position), timeout=CALL_TIMEOUT_S)
         except GetTimeoutError:
             raise WaitTimeout(f"the controller of {self.name!r} did not answer within {CALL_TIMEOUT_S:g} s") from None
         except RayActorError:
-            records = journal.read(Folder(self.path))
-            if not records or records[-1]["event"] != "ended":
+            ended = _end_of(journal.read(Folder(self.path)))
+            if ended is None:
                 raise RunFailed(
                     f"the controller of {self.name!r} died. Journal and checkpoints are in {self.path}; "
                     "start the run again under its name to go on."
                 ) from None
-            fresh, over = records[len(self._records) :], True
-        self._records += fresh
-        self._is_over = over
+            return [ended], position, True
 
-    def _conclude(self) -> Result:
-        ended = next(record for record in reversed(self._records) if record["event"] == "ended")
+    def _conclude(self, ended: Mapping[str, Any]) -> Result:
         if self._controller is not None:
             with suppress(RayActorError):
                 self._controller.close.remote()
@@ -159,6 +155,11 @@ class Job:
         if self._on_result:
             self._on_result(result)
         return result
+
+
+def _end_of(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the record of the end, if the last life of a run came to one."""
+    return records[-1] if records and records[-1]["event"] == "ended" else None
 
 
 def failure_error(failure: Mapping[str, Any], path: str) -> RunFailed:

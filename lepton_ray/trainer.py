@@ -209,8 +209,9 @@ class DistributedTrainer:
                 + "\n  ".join(changes)
                 + "\nUse another name, or the configuration that it began with."
             )
-        if any(record["event"] == "ended" and record["outcome"] == "finished" for record in records):
-            return Job.finished(name, folder.url, records, self._model, on_result=self._take_weights)
+        ended = next((r for r in records if r["event"] == "ended" and r["outcome"] == "finished"), None)
+        if ended is not None:
+            return Job.finished(name, folder.url, ended, self._model, on_result=self._take_weights)
         return max((int(record.get("generation", 0)) for record in records), default=0) or 1
 
     def _header(self, name: str) -> dict[str, Any]:

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 LINGER_S = 30.0
 """How long an ended run waits for its driver to read the end."""
 TICK_S = 0.5
+HELD_RECORDS = 10_000
+"""Newest records that are kept for whoever follows the run."""
 EVENTS_WAIT_S = 5.0
 """How long a question for events may stay open."""
 
@@ -65,6 +67,8 @@ class Controller:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._records: list[dict[str, Any]] = []
+        self._forgotten = 0
+        """Records that are in the journal only."""
         self._news, self._read = asyncio.Event(), asyncio.Event()
         self._journal = Journal(Folder(order.run_url)) if order.writes_journal else None
         self._refs: dict[str, Any] = {}
@@ -97,14 +101,15 @@ class Controller:
         await self._obey(commands)
         self._spawn(self._tick())
 
-    async def events(self, after: int) -> tuple[list[dict[str, Any]], bool]:
-        """Wait a moment for records beyond the first `after`; return them, and whether the run has ended."""
+    async def events(self, position: int) -> tuple[list[dict[str, Any]], int, bool]:
+        """Wait a moment for records from `position` on; return them, the next position, and whether the run is over."""
         self._driver_seen_s = time.monotonic()
-        if len(self._records) <= after and not self._is_over():
+        if self._forgotten + len(self._records) <= position and not self._is_over():
             self._news.clear()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._news.wait(), EVENTS_WAIT_S)
-        return self._records[after:], self._is_over()
+        fresh = self._records[max(0, position - self._forgotten) :]
+        return fresh, self._forgotten + len(self._records), self._is_over()
 
     async def status(self) -> dict[str, Any]:
         """Return phase, generation, outcome and the newest step record."""
@@ -308,6 +313,9 @@ class Controller:
         if self._journal:
             self._journal.append_many(stamped)
         self._records += stamped
+        if len(self._records) > 2 * HELD_RECORDS:
+            self._forgotten += len(self._records) - HELD_RECORDS
+            self._records = self._records[-HELD_RECORDS:]
         self._news.set()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

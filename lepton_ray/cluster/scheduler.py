@@ -1,30 +1,36 @@
 """The scheduler actor: one per cluster, owner of all placement groups and of the pool of warm workers.
 
 It asks `plan.allocate` what to do and does it. One placement group holds one replica, since Ray cannot resize them.
-Nothing here is durable: after a restart, running jobs keep their workers, and the pool is empty.
+Nothing here is durable: a scheduler that starts asks the running controllers what they hold, and frees the groups that
+nobody holds. Workers that were warm under a dead one end with its lease.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.util import get_placement_group, list_named_actors
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from lepton_ray.cluster.connect import nodes
-from lepton_ray.cluster.names import NAMESPACE, SCHEDULER
+from lepton_ray.cluster.names import CALL_TIMEOUT_S, JOB_PREFIX, NAMESPACE, SCHEDULER
 from lepton_ray.plan.allocate import Grant, Refuse, Wait, Warm, admit
 from lepton_ray.plan.types import Node, Request, Slot
 
-log = logging.getLogger(__name__)
-
+GROUP_PREFIX = "worker:"
 POOL_S = 60.0
 """How long a finished job's workers are kept for the next one."""
 IDLE_EXIT_S = 120.0
@@ -51,6 +57,13 @@ class Held:
 class _Job:
     controller: Any  # a Ray actor handle
     held: list[Held] = field(default_factory=list)
+    told: str = ""
+
+    def tell(self, reason: str) -> None:
+        """Tell the job why it waits, when that has changed."""
+        if reason != self.told:
+            self.told = reason
+            self.controller.waits.remote(reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,35 +77,48 @@ class Granted:
 class Scheduler:
     """Admits jobs, first come first served. All methods run on one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool_s: float = POOL_S, idle_exit_s: float = IDLE_EXIT_S) -> None:
+        self._pool_s, self._idle_exit_s = pool_s, idle_exit_s
         self._jobs: dict[str, _Job] = {}
         self._pool: list[Held] = []
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
-        self._count = 0
         self._idle_since_s = time.monotonic()
-        self._watch = asyncio.get_event_loop().create_task(self._look_after())
+        loop = asyncio.get_event_loop()
+        self._found = loop.create_task(self._find())
+        self._watch = loop.create_task(self._look_after())
 
     async def ping(self) -> None:
         """Answer: whoever holds a lease on this actor learns that it lives."""
 
     async def admit(self, request: Request, controller: Any) -> Granted | Refuse:
         """Wait for the job's turn and for room; then return its places, or say why it can never run."""
-        self._jobs.setdefault(request.job, _Job(controller))
-        try:
-            async with self._turn:  # asyncio's lock is fair: this is the queue
-                return await self._grant(request)
-        except asyncio.CancelledError:
+        await self._found
+        earlier = self._jobs.get(request.job)
+        if earlier is not None and earlier.controller != controller:  # an earlier life, whose controller is dead
             await self.release(request.job)
+        job = self._jobs[request.job] = _Job(controller)
+        try:
+            if self._turn.locked():
+                job.tell(f"{request.job} waits for its turn, behind a job that came before it")
+            async with self._turn:  # asyncio's lock is fair: this is the queue
+                return await self._grant(request, job)
+        except BaseException:
+            if self._jobs.get(request.job) is job:
+                await self.release(request.job)
             raise
 
-    async def give_back(self, job: str, warm: dict[str, Any], keep_s: float = POOL_S) -> None:
-        """Take over a job's workers (name -> actor) for the next job; what is not among them is freed."""
+    async def give_back(self, job: str, warm: dict[str, Any], keep_s: float | None = None) -> None:
+        """Take over a job's workers (name -> actor) for the next job; what is not among them is freed.
+
+        keep_s: how long the workers are kept, POOL_S by default.
+        """
+        await self._found
         if job not in self._jobs:
             return
         for held in self._jobs[job].held:
             held.actor = warm.get(held.name)
-            held.expires_s = time.monotonic() + keep_s
+            held.expires_s = time.monotonic() + (self._pool_s if keep_s is None else keep_s)
             if held.actor is not None:
                 self._pool.append(held)
         self._jobs[job].held = [held for held in self._jobs[job].held if held.actor is None]
@@ -102,19 +128,20 @@ class Scheduler:
         """Free all that a job still holds."""
         gone = self._jobs.pop(job, None)
         for held in gone.held if gone else []:
-            _free(held)
+            free(held)
         self._changed.set()
 
     async def overview(self) -> dict[str, Any]:
         """Return the jobs and the warm workers, for people."""
         now = time.monotonic()
         return {
+            "pid": os.getpid(),
             "jobs": {name: len(job.held) for name, job in self._jobs.items()},
             "warm": [{"slot": held.slot.key(), "seconds_left": held.expires_s - now} for held in self._pool],
         }
 
-    async def _grant(self, request: Request) -> Granted | Refuse:
-        while True:
+    async def _grant(self, request: Request, job: _Job) -> Granted | Refuse:
+        while self._jobs.get(request.job) is job:
             self._changed.clear()
             pool = [Warm(worker=h.name, slot=h.slot, environment=h.environment) for h in self._pool]
             match admit(request, self._nodes(), pool):
@@ -122,40 +149,48 @@ class Scheduler:
                     await self.release(request.job)
                     return refusal
                 case Grant() as grant:
-                    places = await self._place(request, grant)
+                    places = await self._place(request, job, grant)
                     if places is not None:
                         return Granted(places=places, reason=grant.reason)
                 case Wait(reason=reason):
-                    log.info("%s", reason)
+                    job.tell(reason)
             # Other users of the cluster free resources without telling us: look again by the clock as well.
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
-            if request.job not in self._jobs:
-                return Refuse(reason="the job ended while it waited")
+        return Refuse(reason="the job ended while it waited")
 
-    async def _place(self, request: Request, grant: Grant) -> list[Held] | None:
-        """Do what was granted; None when somebody else holds the resources that we believed free."""
+    async def _place(self, request: Request, job: _Job, grant: Grant) -> list[Held] | None:
+        """Do what was granted; None when that cannot be done now, and the next look will show why."""
         for held in [h for h in self._pool if h.name in grant.evict]:
             self._pool.remove(held)
-            _free(held)
+            free(held)
         taken = [h for h in self._pool if h.name in grant.reuse]
-        self._pool = [h for h in self._pool if h not in taken]
+        alive = await asyncio.gather(*(_is_alive(held.actor) for held in taken))
+        for held, is_alive in zip(taken, alive):
+            if held in self._pool:
+                self._pool.remove(held)
+            if not is_alive:
+                free(held)
+        if not all(alive):  # a warm worker died in the pool
+            self._pool += [held for held, is_alive in zip(taken, alive) if is_alive]
+            return None
         created = [self._create(request) for _ in range(grant.create)]
         try:
             await asyncio.wait_for(asyncio.gather(*(held.group.ready() for held in created)), PLACED_WITHIN_S)
         except asyncio.TimeoutError:
             for held in created:
-                _free(held)
+                free(held)
             self._pool += taken
+            job.tell(f"{request.job} waits: others on this cluster use what seemed free for {grant.create} new workers")
             return None
-        places = taken + created
-        if request.job in self._jobs:
-            self._jobs[request.job].held = list(places)
-        return places
+        job.held = taken + created
+        if self._jobs.get(request.job) is not job:  # it ended meanwhile
+            for held in job.held:
+                free(held)
+        return list(job.held)
 
     def _create(self, request: Request) -> Held:
-        self._count += 1
-        name = f"worker:{os.getpid()}-{self._count}"
+        name = f"{GROUP_PREFIX}{secrets.token_hex(6)}"
         group = placement_group([dict(request.slot.resources)], name=name, lifetime="detached")
         return Held(name=name, group=group, slot=request.slot, environment=request.environment)
 
@@ -165,47 +200,67 @@ class Scheduler:
         used = [held.slot for job in self._jobs.values() for held in job.held] + [held.slot for held in self._pool]
         for slot in used:
             for node in found:
-                free: Any = node.free
-                if all(free.get(name, 0) >= amount for name, amount in slot.resources.items()):
+                left: Any = node.free
+                if all(left.get(name, 0) >= amount for name, amount in slot.resources.items()):
                     for name, amount in slot.resources.items():
-                        free[name] = free.get(name, 0) - amount
+                        left[name] = left.get(name, 0) - amount
                     break
         return found
+
+    async def _find(self) -> None:
+        """Learn what running jobs hold, and free what a dead scheduler left."""
+        names = [each["name"] for each in list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE]
+        for name in names:
+            if not name.startswith(JOB_PREFIX):
+                continue
+            with suppress(ValueError, RayActorError, asyncio.TimeoutError):
+                controller = ray.get_actor(name, namespace=NAMESPACE)
+                held = await asyncio.wait_for(controller.places.remote(), CALL_TIMEOUT_S)
+                if held:
+                    self._jobs[name.removeprefix(JOB_PREFIX)] = _Job(controller, held)
+        known = {held.name for job in self._jobs.values() for held in job.held}
+        for group in placement_group_table().values():
+            name = group["name"]
+            if name.startswith(GROUP_PREFIX) and name not in known and group["state"] != "REMOVED":
+                with suppress(ValueError):
+                    remove_placement_group(get_placement_group(name))
 
     async def _look_after(self) -> None:
         """Free what dead jobs left and what nobody used; end when there is nothing left to look after."""
         while True:
             await asyncio.sleep(WATCH_S)
-            now = time.monotonic()
-            for name, job in list(self._jobs.items()):
-                if not await _is_alive(job.controller):
+            jobs = list(self._jobs.items())
+            alive = await asyncio.gather(*(_is_alive(job.controller) for _, job in jobs))
+            for (name, job), is_alive in zip(jobs, alive):
+                if not is_alive and self._jobs.get(name) is job:
                     await self.release(name)
+            now = time.monotonic()
             for held in [h for h in self._pool if h.expires_s < now]:
                 self._pool.remove(held)
-                _free(held)
+                free(held)
             if self._jobs or self._pool:
                 self._idle_since_s = now
-            elif now - self._idle_since_s > IDLE_EXIT_S:
+            elif now - self._idle_since_s > self._idle_exit_s:
                 ray.kill(ray.get_actor(SCHEDULER, namespace=NAMESPACE))
 
 
-async def _is_alive(controller: Any) -> bool:
+async def _is_alive(actor: Any) -> bool:
     try:
-        await asyncio.wait_for(controller.ping.remote(), 30)
+        await asyncio.wait_for(actor.ping.remote(), CALL_TIMEOUT_S)
+    except (ActorUnavailableError, asyncio.TimeoutError):
+        return True  # slow is not dead; Ray tells us of the dead
     except RayActorError:
         return False
-    except asyncio.TimeoutError:
-        return True  # slow is not dead; Ray tells us of the dead
     return True
 
 
-def _free(held: Held) -> None:
+def free(held: Held) -> None:
     """End a place: removing the group ends the actor in it."""
     remove_placement_group(held.group)
 
 
-def scheduler() -> Any:
-    """Return the handle of the cluster's scheduler, which starts if need be."""
+def scheduler(pool_s: float = POOL_S, idle_exit_s: float = IDLE_EXIT_S) -> Any:
+    """Return the handle of the cluster's scheduler, which starts with these times if there is none."""
     return (
         ray.remote(Scheduler)
         .options(
@@ -216,5 +271,5 @@ def scheduler() -> Any:
             num_cpus=0,
             max_concurrency=1000,
         )
-        .remote()
+        .remote(pool_s, idle_exit_s)
     )

@@ -72,12 +72,13 @@ _GOODBYE = _HEADER.pack(0xFF, 0, 0, 0, 0, 0, 0)
 _DIRECT_BYTES = 32 << 10
 # A piece is received, reduced and forwarded while it is in the cache.
 _PIECE_BYTES = 1 << 20
-# Socket buffers that keep a link busy while the other end reduces a piece. Only where the kernel grants them: asking for
-# more than it grants leaves a small buffer and turns its own tuning off.
+# Socket buffers that keep a link busy while the other end reduces a piece. Set only where the kernel grants them: asking
+# for more than it grants leaves a small buffer and turns its own tuning off.
 _BUFFER_BYTES = 4 << 20
 # Waking a sleeping process on another core costs 50-140 us on a virtual machine, so a short wait is polled. Between two
 # polls the core is offered to others: with more ranks than cores the awaited one may need it.
 _SPIN_S = 100e-6
+BULK = 0.0
 # Payloads in scratch memory begin on a cache line; the header lies just before.
 _LINE = 64
 
@@ -103,9 +104,9 @@ class _Link:
         # Keepalive finds a peer whose machine went silent while nothing is in flight. TCP_USER_TIMEOUT is left alone:
         # it also ends connections to healthy peers that do not read for a while because they compute.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, option):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def receive(self, view: memoryview) -> int:
         """Receive what is there; return the number of bytes, 0 if nothing is there yet."""
@@ -149,9 +150,12 @@ class _Watch:
             self._wanted[link.descriptor] = events
             self._register(link.descriptor)
 
-    def wait(self, timeout_s: float) -> list[_Link]:
-        """Return the links that are ready, none when the time is up. Raises PeerLost."""
-        end_s = time.perf_counter() + _SPIN_S
+    def wait(self, timeout_s: float, spin_s: float = 0) -> list[_Link]:
+        """Return the links that are ready, none when the time is up. Raises PeerLost.
+
+        spin_s: how long to poll before sleeping.
+        """
+        end_s = time.perf_counter() + spin_s
         while True:
             events = self._poll.poll(0)
             if not events and time.perf_counter() < end_s:
@@ -358,7 +362,8 @@ class Ring:
                         if guest in guests:
                             guests.remove(guest)
                             selector.unregister(guest.socket)
-                            if guest.peer not in self._links or self._links[guest.peer].socket is not guest.socket:
+                            link = self._links.get(guest.peer)
+                            if link is None or link.socket is not guest.socket:
                                 self._disown(guest.socket)
         for guest in guests:
             self._disown(guest.socket)
@@ -532,7 +537,7 @@ class Ring:
 
     def send(self, array: Array, to: int) -> None:
         """Send `array` to one rank. Returns when the kernel has taken all of it."""
-        with self._operation(_MESSAGE, array, root=to, counter=self._sent) as header:
+        with self._operation(_MESSAGE, array, root=to, counter=self._sent, peer=to) as header:
             flow = _Flow(self, outlet=self._links[to])
             flow.send(header, _bytes_of(array))
             flow.flush()
@@ -574,7 +579,7 @@ class Ring:
     ) -> Iterator[bytes]:
         """Check the input, hold the group for one operation, give its header; end the group on any error.
 
-        counter, peer: for point-to-point messages, which are counted per pair; the peer is `root` unless given.
+        counter, peer: for point-to-point messages, which are counted per pair and direction.
         """
         dtype = array.dtype
         if array.ndim != 1 or not array.flags.c_contiguous or not dtype.isnative or dtype.hasobject:
@@ -582,14 +587,14 @@ class Ring:
                 f"{_CALLS[call]} got an array of shape {array.shape} and dtype {dtype}: expected one dimension, "
                 "C-contiguous, numbers in native byte order. Use np.ascontiguousarray(x).reshape(-1)."
             )
-        if not 0 <= root < self.world or (counter is not None and (root if peer is None else peer) == self.rank):
-            raise ConfigError(f"{_CALLS[call]} with rank {root}: this is rank {self.rank} of {self.world}.")
+        for other in (root, 0 if peer is None else peer):
+            if not 0 <= other < self.world or peer == self.rank:
+                raise ConfigError(f"{_CALLS[call]} with rank {other}: this is rank {self.rank} of {self.world}.")
         with self._operating:
-            if counter is None:
+            if counter is None or peer is None:
                 self._calls = number = (self._calls + 1) & 0xFFFFFFFF
             else:
-                other = root if peer is None else peer
-                counter[other] = number = (counter[other] + 1) & 0xFFFFFFFF
+                counter[peer] = number = (counter[peer] + 1) & 0xFFFFFFFF
             try:
                 if self._failure is not None:
                     raise PeerLost("it has ended")
@@ -625,7 +630,7 @@ class Ring:
             self._watch.want(inlet, select.POLLIN | both)
         if outlet is not None and outlet is not inlet:
             self._watch.want(outlet, select.POLLOUT)
-        if not self._watch.wait(self.timeout_s):
+        if not self._watch.wait(self.timeout_s, BULK):
             raise self._late([link.peer for link in (inlet, outlet) if link is not None][:1])
         for link in (inlet, outlet):
             if link is not None:
@@ -656,7 +661,7 @@ class Ring:
                 flow.flush()
             self._watch.want(link, select.POLLIN)
         while missing:
-            ready = self._watch.wait(self.timeout_s)
+            ready = self._watch.wait(self.timeout_s, _SPIN_S)
             if not ready:
                 raise self._late(list(missing))
             for link in ready:

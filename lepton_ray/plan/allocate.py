@@ -71,7 +71,7 @@ def admit(request: Request, nodes: Sequence[Node], pool: Sequence[Warm]) -> Gran
             reason=f"{len(reuse)} warm and {create} new workers of {slot}",
         )
     others = [w for w in pool if w not in reuse]
-    if others:
+    if others and fit([_joined(nodes, others)], slot, create) >= create:
         return Grant(
             reuse=tuple(w.worker for w in reuse),
             evict=tuple(w.worker for w in others),
@@ -80,6 +80,15 @@ def admit(request: Request, nodes: Sequence[Node], pool: Sequence[Warm]) -> Gran
         )
     free = fit([node.free for node in nodes], slot, create)
     return Wait(reason=f"{request.job} waits for {create} x ({slot}); there is room for {free} now")
+
+
+def _joined(nodes: Sequence[Node], idle: Sequence[Warm]) -> dict[str, float]:
+    """Add up what is free and what idle workers hold: an upper bound, since nobody knows on which node they are."""
+    sums: dict[str, float] = {}
+    for part in (*(node.free for node in nodes), *(worker.slot.resources for worker in idle)):
+        for name, amount in part.items():
+            sums[name] = sums.get(name, 0.0) + amount
+    return sums
 
 
 def shortage(request: Request, nodes: Sequence[Node], possible: int) -> str:

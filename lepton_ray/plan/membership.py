@@ -225,7 +225,7 @@ def _broke(run: Run, failure: Failure, now_s: float) -> tuple[Run, list[Command]
 
 
 def _stop(run: Run, reason: str, now_s: float) -> tuple[Run, list[Command]]:
-    if run.phase is Phase.STOPPING:
+    if run.phase is Phase.STOPPING or run.failure is not None:  # it is ending already
         return run, []
     run = replace(run, cancel_reason=reason)
     if run.phase is not Phase.TRAINING:

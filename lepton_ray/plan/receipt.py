@@ -36,7 +36,7 @@ def receipt(records: Iterable[Mapping[str, Any]]) -> Receipt:
     """
     rows: list[tuple[int, int, int, list[int]]] = []
     starts: dict[int, int] = {}
-    digest = None
+    ends: dict[int, tuple[int, str]] = {}
     for record in records:
         match record["event"]:
             case "started" | "resumed":
@@ -44,17 +44,17 @@ def receipt(records: Iterable[Mapping[str, Any]]) -> Receipt:
             case "work":
                 rows += [(record["generation"], *row) for row in record["rows"]]
             case "trained":
-                digest = record["sha256"]
+                ends[record["generation"]] = (record["step"], record["sha256"])
     work: dict[int, list[tuple[int, Sequence[int]]]] = defaultdict(list)
     for generation, step, first, sizes in rows:
         if all(step < start for later, start in starts.items() if later > generation):
             work[step].append((first, sizes))
-    return _count(work, digest)
+    done, digest = ends[max(ends)] if ends else (0, None)
+    return _count(work, max((done, *(step + 1 for step in work))), digest)
 
 
-def _count(work: _Rows, digest: str | None) -> Receipt:
+def _count(work: _Rows, steps: int, digest: str | None) -> Receipt:
     full = _largest_sizes(work)
-    steps = max(work, default=-1) + 1
     samples = lost = repeated = 0
     for step in range(steps):
         counts = [0] * len(full)

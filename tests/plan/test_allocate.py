@@ -83,11 +83,11 @@ def test_every_answer_is_sound(
             else:
                 assert fit([n.free for n in cluster], slot, grant.create) == grant.create
             assert grant.reason
-        case Wait(reason):
+        case Wait(reason=reason):
             assert possible == workers
             assert len(alike) < workers
             assert "job" in reason
-        case Refuse(reason):
+        case Refuse(reason=reason):
             assert possible < workers
             assert str(slot) in reason
 
