@@ -20,9 +20,9 @@ PACKAGES = ("torch", "ray", "numpy", "keras", "safetensors")
 
 
 def interleave(rounds: int, methods: Mapping[str, Callable[[], float | None]]) -> dict[str, list[float]]:
-    """Run every method once a round; return the seconds of each, by round.
+    """Run every method once a round; return what each took or returned, by round.
 
-    A method that returns a number has measured itself; of any other the whole call is timed.
+    A method that returns a number has measured itself, in a unit of its own; of any other the seconds are taken.
     """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     names = list(methods)
@@ -32,7 +32,7 @@ def interleave(rounds: int, methods: Mapping[str, Callable[[], float | None]]) -
             start = time.perf_counter()
             own = methods[name]()
             seconds[name].append(time.perf_counter() - start if own is None else own)
-            print(f"  round {turn + 1}/{rounds}  {name}: {seconds[name][-1]:.4g} s", file=sys.stderr, flush=True)
+            print(f"  round {turn + 1}/{rounds}  {name}: {seconds[name][-1]:.4g}", file=sys.stderr, flush=True)
     return seconds
 
 
@@ -57,7 +57,7 @@ def machine() -> dict[str, object]:
 def report(benchmark: str, ours: str, measured: Mapping[str, Mapping[str, Sequence[float]]], **more: object) -> None:
     """Print a table, and the same as one JSON line (the last line).
 
-    measured: what was measured -> method -> seconds by round. ours: the method that the others are compared with.
+    measured: what was measured -> method -> figures by round. ours: the method that the others are compared with.
     more: further facts for the JSON line, such as targets.
     """
     figures: dict[str, dict[str, dict[str, object]]] = {}
@@ -65,7 +65,8 @@ def report(benchmark: str, ours: str, measured: Mapping[str, Mapping[str, Sequen
         print(f"\n{what:<34}{'median':>10}{'least':>10}{'most':>10}{'ours/this':>11}")
         figures[what] = {}
         for name, seconds in methods.items():
-            ratio = median_ratio(methods[ours], seconds) if name != ours and min(seconds) > 0 else None
+            has_ratio = ours in methods and name != ours and min(seconds) > 0
+            ratio = median_ratio(methods[ours], seconds) if has_ratio else None
             median = statistics.median(seconds)
             shown = "" if ratio is None else f"{ratio:.2f}"
             print(f"  {name:<32}{median:>10.4f}{min(seconds):>10.4f}{max(seconds):>10.4f}{shown:>11}")

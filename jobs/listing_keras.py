@@ -35,7 +35,8 @@ if __name__ == "__main__":
     trainer = DistributedTrainer(
         model=model, train_data=(x_train, y_train), test_data=(x_test, y_test), num_workers=4, epochs=10
     )
-    trainer.train()
+    result = trainer.train()
+    print(f"Trained {result.receipt.steps} steps; the run is in {result.path}")
 
     loss, accuracy = model.evaluate(x_test, y_test, verbose=0)
     print(f"Test loss: {loss:.4f}, test accuracy: {accuracy:.4f}")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lepton_ray.config import is_larger_better
 from lepton_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -59,11 +60,6 @@ class Callback:
         """Take over a saved state before the run goes on."""
 
 
-def is_larger_better(metric: str) -> bool:
-    """Guess from a metric's name which way is up: accuracy, auc, f1 and top-k rise, all else falls."""
-    return any(word in metric.lower() for word in ("accuracy", "auc", "f1", "top"))
-
-
 class EarlyStopping(Callback):
     """Stops a run whose metric has not improved for a number of epochs."""
 
@@ -86,7 +82,7 @@ class EarlyStopping(Callback):
         if mode not in ("auto", "min", "max"):
             raise ConfigError(f"EarlyStopping(mode={mode!r}): expected 'auto', 'min' or 'max'.")
         self.metric, self.patience, self.min_delta = metric, patience, min_delta
-        self._sign = 1 if mode == "max" or (mode == "auto" and is_larger_better(metric)) else -1
+        self._sign = 1 if is_larger_better(metric, mode) else -1
         self.best: float | None = None
         self.bad_epochs = 0
 

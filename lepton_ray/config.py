@@ -20,6 +20,11 @@ def _positive(owner: str, name: str, value: float, *, least: float = 1) -> None:
         raise ConfigError(f"{owner}({name}={value!r}): expected a number >= {least:g}.")
 
 
+def _whole(owner: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{owner}({name}={value!r}): expected a whole number >= 1.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """How much data makes one step."""
@@ -32,13 +37,9 @@ class Batch:
     """Largest L2 norm of the mean gradient of a step; larger ones are scaled down to it. None: no clipping."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.samples, int):
-            raise ConfigError(f"Batch(samples={self.samples!r}): expected a whole number of samples.")
-        _positive("Batch", "samples", self.samples)
+        _whole("Batch", "samples", self.samples)
         if self.microbatches is not None:
-            if not isinstance(self.microbatches, int):
-                raise ConfigError(f"Batch(microbatches={self.microbatches!r}): expected a whole number.")
-            _positive("Batch", "microbatches", self.microbatches)
+            _whole("Batch", "microbatches", self.microbatches)
             if self.samples < self.microbatches:
                 raise ConfigError(
                     f"Batch(samples={self.samples}, microbatches={self.microbatches}): a microbatch would be empty. "
@@ -46,6 +47,8 @@ class Batch:
                 )
         if self.clip_norm is not None:
             _positive("Batch", "clip_norm", self.clip_norm, least=0)
+            if self.clip_norm == 0:
+                raise ConfigError("Batch(clip_norm=0) would take away every gradient. Use None for no clipping.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,7 @@ class Parallel:
 
     def __post_init__(self) -> None:
         for name in ("pipeline", "tensor", "shard"):
-            _positive("Parallel", name, getattr(self, name))
+            _whole("Parallel", name, getattr(self, name))
 
     @property
     def replica_size(self) -> int:
@@ -118,10 +121,16 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         if self.every_steps is not None:
-            _positive("Checkpoints", "every_steps", self.every_steps)
-        _positive("Checkpoints", "keep", self.keep)
+            _whole("Checkpoints", "every_steps", self.every_steps)
+        _whole("Checkpoints", "keep", self.keep)
         if self.best_mode not in ("auto", "min", "max"):
             raise ConfigError(f"Checkpoints(best_mode={self.best_mode!r}): expected 'auto', 'min' or 'max'.")
+
+
+def is_larger_better(metric: str, mode: Literal["auto", "min", "max"]) -> bool:
+    """Tell which way a metric is to go. "auto": up for accuracy, auc, f1 and top-k by name, down for all else."""
+    is_rising = any(word in metric.lower() for word in ("accuracy", "auc", "f1", "top"))
+    return mode == "max" or (mode == "auto" and is_rising)
 
 
 def check(
@@ -154,7 +163,8 @@ def check(
     if size > 1:
         raise ConfigError(
             f"Parallel(pipeline={parallel.pipeline}, tensor={parallel.tensor}, shard={parallel.shard}) asks for "
-            f"replicas of {size} workers; this version trains replicas of one worker (data parallelism). Use Parallel()."
+            f"replicas of {size} workers; this version trains replicas of one worker (data parallelism). "
+            "Use Parallel()."
         )
     microbatches = batch.microbatches or num_workers
     if batch.samples < microbatches:

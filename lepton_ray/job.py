@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -82,7 +83,7 @@ class Job:
         return self._wait(timeout_s, show=lambda record: None)
 
     def follow(self, steps: int | None, epochs: int | None) -> Result:
-        """Wait for the end with a progress line. Ctrl-C and SIGTERM stop the run with a checkpoint first."""
+        """Wait for the end with a progress line. Ctrl-C and SIGTERM stop run (with a checkpoint) and program."""
         with _stopping_on_signals(self) as stop, Progress(steps=steps, epochs=epochs) as progress:
             try:
                 return self._wait(None, show=progress.show)
@@ -90,14 +91,13 @@ class Job:
                 if stop.signal is None:
                     raise
                 progress.show({"event": "note", "text": f"{error} Run again with name={self.name!r} to go on."})
-        if stop.signal is signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        raise SystemExit(128 + stop.signal)
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Stop at the next step boundary, with a checkpoint. Returns at once; `wait` then raises RunCancelled."""
-        with suppress(RayActorError):
-            ray.get(self._controller.stop.remote(reason), timeout=CALL_TIMEOUT_S)
+        if self._controller is not None:
+            with suppress(RayActorError):
+                ray.get(self._controller.stop.remote(reason), timeout=CALL_TIMEOUT_S)
 
     def collect(self) -> tuple[list[dict[str, Any]], list[Any]]:
         """Wait for a job without a journal; return its records and what its workers predicted."""
@@ -173,7 +173,12 @@ def failure_error(failure: Mapping[str, Any], path: str) -> RunFailed:
 
 
 def attach(name: str) -> Job:
-    """Find a running job from another process or a notebook. Raises ConfigError when there is none of that name."""
+    """Find a running job from another process or a notebook.
+
+    Raises ConfigError when no job of that name runs on the cluster of this process (see RAY_ADDRESS).
+    """
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(f"no cluster to find job {name!r} on. Set RAY_ADDRESS, or call ray.init(address=...) first.")
     connect(1)
     try:
         controller = ray.get_actor(controller_name(name), namespace=NAMESPACE)
@@ -196,8 +201,8 @@ def _stopping_on_signals(job: Job) -> Iterator[_Stop]:
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.signal is not None:
-            raise KeyboardInterrupt
+        if stop.signal is not None or job._controller is None:
+            raise SystemExit(128 + number)
         stop.signal = signal.Signals(number)
         job._controller.stop.remote(f"stopped by {stop.signal.name}")
 

@@ -118,6 +118,16 @@ class Journal:
                 where, count = self.folder.url, len(self._held)
                 log.warning("The journal in %s cannot be written (%s); %d lines are held.", where, error, count)
 
+    def flush(self) -> None:
+        """Make all that was appended durable. Raises the error of the storage when that cannot be done."""
+        if not self.folder.is_local:
+            self._put()
+            return
+        with self._lock:
+            self._write()
+            if self._file >= 0:
+                os.fsync(self._file)
+
     def close(self) -> None:
         """Write what is held. Raises the error of the storage when that cannot be done."""
         with self._lock:

@@ -9,23 +9,27 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lepton_ray.callbacks import EarlyStopping
 from lepton_ray.config import Batch, Checkpoints, Parallel, check
+from lepton_ray.data.arrays import ArraySource
 from lepton_ray.data.batch import split_target
 from lepton_ray.data.sources import Source, Stream, describe, label_range
 from lepton_ray.errors import ConfigError
-from lepton_ray.train import blueprint
+from lepton_ray.train import blueprint, keras_pack, pickling
 from lepton_ray.train.spec import Code, TrainSpec
-from lepton_ray.train.words import Inferred, check_words, infer_loss, target_facts
+from lepton_ray.train.words import Inferred, TargetFacts, check_words, infer_loss, target_facts
 
 if TYPE_CHECKING:
     import torch
 
 PROBE_SAMPLES = 2
+IGNORED = -100
+"""torch's label of a sample that does not count (`train.objective` says the same, but is slow to import)."""
 PROBE_PARAMETERS = 50_000_000
 """Larger models are not tried out in the driver: a forward of theirs takes too long."""
 
@@ -78,27 +82,31 @@ def prepare(model: Any, train: Source | Stream, test: Source | Stream | None, op
         validate_every=options.validate_every,
     )
     epochs = options.epochs if options.epochs or options.steps else 1
+    if options.step_fn is not None and not callable(options.step_fn):
+        raise ConfigError(f"step_fn={options.step_fn!r}: expected a function of (model, batch, optimizers).")
     if options.step_fn is not None and test is not None and options.loss is None:
         raise ConfigError("test_data with step_fn needs loss=: it says what the evaluation measures.")
     if options.step_fn is not None and options.batch.clip_norm is not None:
         raise ConfigError("Batch(clip_norm=...) with step_fn: clip the gradients in step_fn itself.")
+    if test is None:
+        _check_no_test(options)
     packed = blueprint.pack(model)
-    if packed.kind != "keras":
+    if packed.kind == "keras":
+        options = _keras_options(model, train, options)
+    else:
         check_words(options.loss, options.optimizer, options.metrics, options.scheduler)
-    words = _words(model, packed, train, options)
-    notes = [] if words.why == "" else [_note(words)]
-    loss = words.loss if options.loss is None and words.why else options.loss
-    metrics = list(words.metrics) if options.metrics is None and words.why else options.metrics
-    code = blueprint.dumps(
+    words = _words(model, packed, train, test, options)
+    code = _pickled(
         Code(
-            loss=loss,
-            optimizer=options.optimizer if options.optimizer is not None or packed.kind == "keras" else "adam",
+            loss=options.loss,
+            optimizer=options.optimizer,
             scheduler=options.scheduler,
-            metrics=metrics,
+            metrics=options.metrics,
             step_fn=options.step_fn,
             callbacks=tuple(options.callbacks),
-        ),
-        "loss, optimizer, scheduler, metrics, step_fn or callbacks",
+            inferred=words,
+            target=_keras_target(model, packed, train, options),
+        )
     )
     spec = TrainSpec(
         name="",
@@ -117,10 +125,30 @@ def prepare(model: Any, train: Source | Stream, test: Source | Stream | None, op
     )
     return Prepared(
         spec=spec,
-        notes=notes,
-        config=_config(spec, train, test, options, loss),
+        notes=[words.note] if words is not None and packed.kind == "module" else [],  # of a factory, the workers know
+        config=_config(spec, train, test, options, options.loss if words is None else words.loss),
         total_steps=_total_steps(train, batch, epochs, options.steps),
     )
+
+
+def _check_no_test(options: Options) -> None:
+    """Refuse what waits for a measure that a run without test data never has. Raises ConfigError."""
+    best = options.checkpoints.best
+    waits = {f"Checkpoints(best={best!r})": best, "validate_every": options.validate_every and "test_loss"}
+    waits |= {f"EarlyStopping({c.metric!r})": c.metric for c in options.callbacks if isinstance(c, EarlyStopping)}
+    for asked, metric in waits.items():
+        if metric and metric.startswith("test_"):
+            raise ConfigError(f"{asked} needs test_data=, which was not given.")
+
+
+def _pickled(code: Code) -> bytes:
+    """Pickle all pieces at once; what cannot be sent is named by its option. Raises ConfigError."""
+    try:
+        return pickling.dumps(code, "options")
+    except ConfigError:
+        for option in fields(code):
+            pickling.dumps(getattr(code, option.name), option.name)
+        raise
 
 
 def _total_steps(train: Source | Stream, batch: Batch, epochs: int | None, steps: int | None) -> int | None:
@@ -132,32 +160,77 @@ def _total_steps(train: Source | Stream, batch: Batch, epochs: int | None, steps
 # --- what a bare model trains on --------------------------------------------------------------------------------------
 
 
-def _words(model: Any, packed: blueprint.Blueprint, train: Source | Stream, options: Options) -> Inferred:
-    """Infer the loss where none was given, and check labels against the model's outputs."""
-    given = Inferred(loss=None, metrics=(), why="")
+def _words(
+    model: Any, packed: blueprint.Blueprint, train: Source | Stream, test: Source | Stream | None, options: Options
+) -> Inferred | None:
+    """Infer the loss where none was given; check the data against the model's inputs and outputs."""
     if packed.kind == "keras" or options.step_fn is not None or not isinstance(train, Source):
         if options.loss is None and options.step_fn is None and packed.kind != "keras":
             raise ConfigError("a stream shows no sample before it is read, so no loss can be inferred. Pass loss=.")
-        return given
+        return None
+    is_plain = isinstance(train, ArraySource) and (test is None or isinstance(test, ArraySource))
+    if packed.kind == "factory" and options.loss is not None and is_plain:
+        return None  # nothing to try and no user code to run: a driver without torch stays without
     sample = train.fetch(np.arange(min(PROBE_SAMPLES, len(train))))
-    outputs = _try(model, packed, sample)
-    words = given
+    outputs = _try(model, packed, sample, "train_data")
+    words = None
     if options.loss is None:
         target = _target(train, sample)
         carries = outputs is not None and not hasattr(outputs, "shape")
         shape = tuple(outputs.shape) if outputs is not None and not carries else None
         words = infer_loss(target_facts(target) if target is not None else None, shape, carries_loss=carries)
-    is_classes = (words.loss if words.why else options.loss) == "cross_entropy"
-    labels = label_range(train)
-    if is_classes and labels is not None and outputs is not None and getattr(outputs, "ndim", 0) == 2:
-        lowest, highest = labels
-        classes = outputs.shape[1]
-        if lowest < 0 or highest >= classes:
-            raise ConfigError(
-                f"labels run from {lowest} to {highest}, but the model gives {classes} outputs (classes 0 to "
-                f"{classes - 1}). Shift the labels to start at 0, or give the model {highest + 1} outputs."
-            )
+    loss = options.loss if words is None else words.loss
+    if isinstance(test, Source):
+        _try(model, packed, test.fetch(np.arange(min(PROBE_SAMPLES, len(test)))), "test_data")
+    if getattr(outputs, "ndim", 0) == 2:
+        for name, source in (("train_data", train), ("test_data", test)):
+            _check_labels(name, source, outputs.shape[1], loss)
     return words
+
+
+def _keras_options(model: Any, train: Source | Stream, options: Options) -> Options:
+    """Check the options that go to a Keras model, and make them ready to travel to another backend."""
+    keras_pack.check_options(
+        loss=options.loss,
+        optimizer=options.optimizer,
+        metrics=options.metrics,
+        scheduler=options.scheduler,
+        step_fn=options.step_fn,
+    )
+    if options.loss is None and not isinstance(train, Source) and not keras_pack.has_loss(model):
+        raise ConfigError(keras_pack.NO_SAMPLE)
+    loss, optimizer, metrics = map(keras_pack.portable, (options.loss, options.optimizer, options.metrics))
+    return replace(options, loss=loss, optimizer=optimizer, metrics=metrics)
+
+
+def _keras_target(
+    model: Any, packed: blueprint.Blueprint, train: Source | Stream, options: Options
+) -> TargetFacts | None:
+    """Describe the targets where a Keras model may need it to choose a loss."""
+    needs_none = packed.kind == "module" or options.loss is not None or options.step_fn is not None
+    if needs_none or not isinstance(train, Source) or (packed.kind == "keras" and keras_pack.has_loss(model)):
+        return None
+    target = _target(train, train.fetch(np.arange(min(PROBE_SAMPLES, len(train)))))
+    return None if target is None else target_facts(target)
+
+
+def _check_labels(name: str, source: Source | Stream | None, classes: int, loss: Any) -> None:
+    """Refuse class indices that the model has no output for. Raises ConfigError."""
+    is_classes = loss in ("cross_entropy", "nll") or type(loss).__name__ in ("CrossEntropyLoss", "NLLLoss")
+    labels = label_range(source) if source is not None and is_classes else None
+    if labels is None:
+        return
+    lowest, highest = labels
+    if lowest < 0 and lowest != getattr(loss, "ignore_index", IGNORED):
+        advice = "Shift the labels to start at 0."
+    elif highest >= classes:
+        advice = f"Shift the labels to start at 0, or give the model {highest + 1} outputs."
+    else:
+        return
+    raise ConfigError(
+        f"{name}: labels run from {lowest} to {highest}, but the model gives {classes} outputs (classes 0 to "
+        f"{classes - 1}). {advice}"
+    )
 
 
 def _target(train: Source, sample: Any) -> Any:
@@ -170,10 +243,10 @@ def _target(train: Source, sample: Any) -> Any:
     return target if not isinstance(target, (tuple, list, Mapping)) else None
 
 
-def _try(model: Any, packed: blueprint.Blueprint, sample: Any) -> Any:
+def _try(model: Any, packed: blueprint.Blueprint, sample: Any, name: str) -> Any:
     """Return what the model makes of two samples, without a trace in it; None where that is not tried.
 
-    Raises ConfigError when the model cannot take the data.
+    name: how messages call the data. Raises ConfigError when the model cannot take them.
     """
     if packed.kind != "module" or packed.facts["parameters"] > PROBE_PARAMETERS:
         return None
@@ -191,7 +264,7 @@ def _try(model: Any, packed: blueprint.Blueprint, sample: Any) -> Any:
             return call(model, to_device(inputs, device))
         except Exception as error:
             raise ConfigError(
-                f"the model cannot take the training data: {type(error).__name__}: {_short(error)} "
+                f"the model cannot take {name}: {type(error).__name__}: {_short(error)} "
                 f"(tried with inputs {_shapes(inputs)}). Fix the shapes or types, or pass transform=."
             ) from error
         finally:
@@ -210,11 +283,6 @@ def _shapes(inputs: Any) -> str:
         return "(" + ", ".join(_shapes(value) for value in inputs) + ")"
     tensor: torch.Tensor = inputs
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _note(words: Inferred) -> str:
-    metrics = f", metrics {', '.join(words.metrics)}" if words.metrics else ""
-    return f"loss {words.loss or 'from the model'}{metrics}: {words.why} (set loss= and metrics= to choose)"
 
 
 # --- what must stay the same under a name -----------------------------------------------------------------------------
@@ -245,6 +313,12 @@ def identity(value: Any) -> str | None:
     """Describe a word or callable so that a changed one reads differently: its name and a digest of its code."""
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, keras_pack.Portable):
+        return str(value)
+    if isinstance(value, Mapping):
+        return str({key: identity(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return str([identity(item) for item in value])
     if isinstance(value, functools.partial):
         options = ", ".join(f"{key}={option!r}" for key, option in sorted(value.keywords.items()))
         return f"partial({identity(value.func)}, {value.args!r}, {options})"

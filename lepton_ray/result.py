@@ -52,7 +52,7 @@ class Result:
         """The newest valid checkpoint, as Ray Train's class (a folder of safetensors files and a JSON manifest)."""
         from ray.train import Checkpoint
 
-        from lepton_ray.train.checkpoint import newest, step_folder
+        from lepton_ray.train.checkpoint_format import newest, step_folder
 
         folder = Folder(self.path).sub("checkpoints")
         found, problems = newest(folder)

@@ -88,6 +88,8 @@ class DistributedTrainer:
         ):
             if not isinstance(value, kind):
                 raise ConfigError(f"{label}={value!r}: expected a {kind.__name__}(...).")
+        if not isinstance(callbacks, Sequence):
+            raise ConfigError(f"callbacks={callbacks!r}: expected a list of objects of type Callback.")
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 raise ConfigError(f"callbacks holds a {type(callback).__name__}; expected objects of type Callback.")
@@ -127,7 +129,8 @@ class DistributedTrainer:
         """Train to the end, with a progress line, and return the result.
 
         The run belongs to this process: Ctrl-C, SIGTERM or its death stop it at the next step boundary, with a
-        checkpoint; starting it again under the same name goes on from there.
+        checkpoint; starting it again under the same name goes on from there. After a signal the program ends with
+        SystemExit(130) or SystemExit(143); a second one interrupts at once.
         """
         spec = self._prepared.spec
         return self._submit(has_lease=True).follow(self._prepared.total_steps, spec.epochs)
@@ -166,10 +169,13 @@ class DistributedTrainer:
         name = self._name = self._name or _new_name()
         folder = storage.sub(name)
         folder.probe()
+        earlier = self._earlier(name, folder)
+        if isinstance(earlier, Job):
+            return earlier
         running = launch.running(name)
         if running is not None:
-            return Job(name, folder.url, running, self._model)
-        earlier = self._earlier(name, folder)
+            return Job(name, folder.url, running, self._model, on_result=self._take_weights)
+        earlier = self._earlier(name, folder)  # a run that was just ending has written more by now
         if isinstance(earlier, Job):
             return earlier
         if earlier == 0:
@@ -272,7 +278,8 @@ def _optional_source(data: Any, transform: Any, collate: Any) -> Source | Stream
 
 
 def _checked_name(name: str | None) -> str | None:
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+    is_fit = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name)
+    if name is not None and not is_fit:
         raise ConfigError(f"name={name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit.")
     return name
 

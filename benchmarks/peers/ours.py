@@ -1,22 +1,22 @@
-"""lepton_ray: `ours.py module` makes the model in the driver, `ours.py factory` in the workers (no torch here)."""
+"""lepton_ray. `module`: the model is made in the driver; `factory`: in the workers, and the driver has no torch."""
 
 import functools
 import os
 import sys
 
-from workload import BATCH, WORKERS, Run, images, make_cnn, make_optimizer
+from workload import Run, make_model, make_optimizer
 
 from lepton_ray import DistributedTrainer
 
 if __name__ == "__main__":
     run = Run.asked()
     DistributedTrainer(
-        model=make_cnn(run) if sys.argv[1] == "module" else functools.partial(make_cnn, run),
-        train_data=images(WORKERS),
-        num_workers=WORKERS,
-        loss="cross_entropy",
+        model=make_model(run) if sys.argv[1] == "module" else functools.partial(make_model, run),
+        train_data=run.data(),
+        num_workers=run.workers,
+        loss=run.loss,
         optimizer=make_optimizer,
         steps=run.steps,
-        batch=BATCH * WORKERS,
+        batch=run.batch * run.workers,
         storage=os.environ["BENCH_FOLDER"],
     ).train()

@@ -1,10 +1,10 @@
-"""torch DDP in bare Ray actors: what one would write by hand with Ray alone, and a floor for what builds on it."""
+"""torch DDP in bare Ray actors: what one would write by hand with Ray alone. RAY_ADDRESS names a cluster, if any."""
 
 import os
 import socket
 
 import ray
-from workload import WORKERS, Run
+from workload import Run
 
 
 class Worker:
@@ -16,17 +16,18 @@ class Worker:
     def run(self, run: Run, rank: int, port: int) -> None:
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
-        from workload import make_cnn, train
+        from workload import make_model, train
 
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORKERS)
-        train(run, DistributedDataParallel(make_cnn(run)), rank, WORKERS)
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=run.workers)
+        train(run, DistributedDataParallel(make_model(run)), rank)
         dist.barrier()
 
 
 if __name__ == "__main__":
+    run = Run.asked()
     address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(address=address, log_to_driver=False, **({"num_cpus": WORKERS} if address == "local" else {}))
+    ray.init(address=address, log_to_driver=False, **({"num_cpus": run.workers} if address == "local" else {}))
     actor = ray.remote(num_cpus=1)(Worker)
-    workers = [actor.remote() for _ in range(WORKERS)]
+    workers = [actor.remote() for _ in range(run.workers)]
     port = ray.get(workers[0].free_port.remote())
-    ray.get([worker.run.remote(Run.asked(), rank, port) for rank, worker in enumerate(workers)])
+    ray.get([worker.run.remote(run, rank, port) for rank, worker in enumerate(workers)])

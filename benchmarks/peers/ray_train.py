@@ -1,30 +1,30 @@
-"""Ray Train v2's TorchTrainer, as its guide tells one to write it. RAY_ADDRESS names a running cluster, if any."""
+"""Ray Train v2's TorchTrainer, written as its guide does it. RAY_ADDRESS names a running cluster, if any."""
 
 import os
 
 import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from workload import WORKERS, Run
+from workload import Run
 
 
-def loop(run: Run) -> None:
+def loop(config: dict[str, Run]) -> None:
     import ray.train
     import ray.train.torch
-    from workload import make_cnn, train
+    from workload import make_model, train
 
-    context = ray.train.get_context()
-    model = ray.train.torch.prepare_model(make_cnn(run))
-    train(run, model, context.get_world_rank(), context.get_world_size())
+    run = config["run"]
+    train(run, ray.train.torch.prepare_model(make_model(run)), ray.train.get_context().get_world_rank())
 
 
 if __name__ == "__main__":
+    run = Run.asked()
     address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(address=address, log_to_driver=False, **({"num_cpus": WORKERS} if address == "local" else {}))
+    ray.init(address=address, log_to_driver=False, **({"num_cpus": run.workers} if address == "local" else {}))
     TorchTrainer(
         loop,
-        train_loop_config=Run.asked(),
+        train_loop_config={"run": run},
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=WORKERS),
-        run_config=RunConfig(storage_path=os.environ["BENCH_FOLDER"], name=f"ray-train-{os.getpid()}"),
+        scaling_config=ScalingConfig(num_workers=run.workers),
+        run_config=RunConfig(storage_path=os.environ["BENCH_FOLDER"], name="ray-train"),
     ).fit()

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE, controller_name
 from lepton_ray.cluster.scheduler import Granted as Places
-from lepton_ray.cluster.scheduler import Held, scheduler
+from lepton_ray.cluster.scheduler import Held, free, scheduler
 from lepton_ray.cluster.worker import THREADS, Assignment, Worker
 from lepton_ray.config import Faults
 from lepton_ray.journal import Journal
@@ -33,6 +33,8 @@ from lepton_ray.storage import Folder
 
 log = logging.getLogger(__name__)
 
+ASK_AGAIN = 5
+"""Schedulers that may die on a run before it gives up."""
 LINGER_S = 30.0
 """How long an ended run waits for its driver to read the end."""
 TICK_S = 0.5
@@ -78,6 +80,11 @@ class Controller:
         self._tasks: set[asyncio.Task[None]] = set()
         self._driver_seen_s = time.monotonic()
         self._run: membership.Run | None = None
+        self._recorded: dict[int, int] = {}
+        """Steps that the journal holds the work of, per rank."""
+        self._progress = asyncio.Event()
+        self._waits_for = ""
+        self._spawn(self._tick())
 
     # --- called by the driver ----------------------------------------------------------------------------------------
 
@@ -99,15 +106,16 @@ class Controller:
             self._order.num_workers, limits, self._order.generation, time.monotonic()
         )
         await self._obey(commands)
-        self._spawn(self._tick())
 
     async def events(self, position: int) -> tuple[list[dict[str, Any]], int, bool]:
         """Wait a moment for records from `position` on; return them, the next position, and whether the run is over."""
         self._driver_seen_s = time.monotonic()
+        wait_s = min(EVENTS_WAIT_S, self._order.faults.lease_s / 3)
         if self._forgotten + len(self._records) <= position and not self._is_over():
             self._news.clear()
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), EVENTS_WAIT_S)
+                await asyncio.wait_for(self._news.wait(), wait_s)
+            self._driver_seen_s = time.monotonic()
         fresh = self._records[max(0, position - self._forgotten) :]
         return fresh, self._forgotten + len(self._records), self._is_over()
 
@@ -122,6 +130,8 @@ class Controller:
             "generation": run.generation if run else 0,
             "workers": len(self._workers),
             "path": self._order.run_url,
+            "pid": os.getpid(),
+            **({"reason": self._waits_for} if run and run.phase is Phase.WAITING and self._waits_for else {}),
             **{key: last[key] for key in ("step", "epoch", "train_loss", "samples_per_s") if key in last},
         }
 
@@ -133,6 +143,16 @@ class Controller:
         """Return references to what the workers predicted, one per rank."""
         return self._outputs
 
+    async def places(self) -> list[Held]:
+        """Return what this run holds: a scheduler that starts asks for it."""
+        return [] if self._is_over() else self._places
+
+    async def waits(self, reason: str) -> None:
+        """Take the scheduler's word on why the run has no workers yet."""
+        if self._run is None or self._run.phase is Phase.WAITING:
+            self._waits_for = reason
+            self._write([{"event": "phase", "phase": Phase.WAITING.value, "reason": reason}])
+
     async def close(self) -> None:
         """Let this actor end: the driver has read how the run did."""
         self._read.set()
@@ -141,8 +161,23 @@ class Controller:
 
     async def report(self, generation: int, records: list[dict[str, Any]]) -> None:
         """Take records from a worker of a generation; those of an old one are late and do not count."""
-        if self._run is not None and generation == self._run.generation:
-            self._write([{**record, "generation": generation} for record in records])
+        if self._run is None or generation != self._run.generation:
+            return
+        self._write([{**record, "generation": generation} for record in records])
+        for record in records:
+            if record["event"] == "work":
+                self._recorded[record["rank"]] = record["rows"][-1][0] + 1
+                self._progress.set()
+
+    async def recorded(self, generation: int, step: int) -> None:
+        """Return when the journal holds, durably, what all workers of a generation did before `step`."""
+        while self._run is not None and generation == self._run.generation:
+            if all(self._recorded.get(rank, 0) >= step for rank in range(self._order.num_workers)):
+                break
+            self._progress.clear()
+            await self._progress.wait()
+        if self._journal:
+            await asyncio.to_thread(self._journal.flush)
 
     # --- the state machine -------------------------------------------------------------------------------------------
 
@@ -151,7 +186,10 @@ class Controller:
         before = self._run
         self._run, commands = membership.advance(before, event, time.monotonic())
         if self._run.phase is not before.phase:
-            self._write([{"event": "phase", "phase": self._run.phase.value, "generation": self._run.generation}])
+            reason = {"reason": self._run.cancel_reason} if self._run.phase is Phase.STOPPING else {}
+            self._write(
+                [{"event": "phase", "phase": self._run.phase.value, "generation": self._run.generation, **reason}]
+            )
         await self._obey(commands)
 
     async def _obey(self, commands: Sequence[Command]) -> None:
@@ -172,25 +210,28 @@ class Controller:
                     self._spawn(self._end(outcome, failure, reason))
 
     async def _ask(self) -> None:
-        """Ask the scheduler; one that is just ending is asked again."""
+        """Ask the scheduler; when it ends meanwhile, ask the next one."""
         order = self._order
         request = Request(
             job=order.name, workers=order.num_workers, slot=order.slot, environment=order.environment
         )
         own = ray.get_actor(controller_name(order.name), namespace=NAMESPACE)
-        for attempt in range(3):
+        for attempt in range(ASK_AGAIN + 1):
             try:
                 self._scheduler = scheduler()
                 answer: Places | Refuse = await self._scheduler.admit.remote(request, own)
                 break
             except RayActorError:
-                if attempt == 2:
+                if attempt == ASK_AGAIN or self._is_over():
                     raise
         if isinstance(answer, Refuse):
             await self._advance(membership.Refused(answer.reason))
             return
-        self._write([{"event": "admitted", "reason": answer.reason}])
         self._places = answer.places
+        if self._is_over():  # it was cancelled while the answer travelled
+            await self._let_go(Outcome.CANCELLED)
+            return
+        self._write([{"event": "admitted", "reason": answer.reason}])
         await self._advance(membership.Granted())
 
     def _start(self) -> None:
@@ -264,11 +305,19 @@ class Controller:
             self._outputs = [worker.outputs.remote() for worker in self._workers]
             await asyncio.gather(*self._outputs)
         fields = {} if failure is None else {"failure": asdict(failure)}
-        self._write([{"event": "ended", "outcome": outcome.value, "reason": reason, **fields}])
-        if self._journal:
-            self._journal.close()
-        await self._let_go(outcome)
-        await asyncio.wait([asyncio.create_task(self._read.wait())], timeout=LINGER_S)
+        try:
+            self._write([{"event": "ended", "outcome": outcome.value, "reason": reason, **fields}])
+            if self._journal:
+                self._journal.close()
+        finally:
+            await self._let_go(outcome)
+            await self._leave()
+
+    async def _leave(self) -> None:
+        """End this actor when the driver has read the end, or will not."""
+        is_driver_gone = self._order.has_lease and self._silent_s() > self._order.faults.lease_s
+        if not is_driver_gone:
+            await asyncio.wait([asyncio.create_task(self._read.wait())], timeout=LINGER_S)
         # `exit_actor` works in a method that a caller waits for only.
         ray.kill(ray.get_actor(controller_name(self._order.name), namespace=NAMESPACE))
 
@@ -285,18 +334,28 @@ class Controller:
                     if await asyncio.wait_for(worker.reset.remote(), CALL_TIMEOUT_S):
                         worker.lend.remote(self._scheduler, CALL_TIMEOUT_S)
                         warm[held.name] = worker
-        with suppress(RayError):
+        try:
             await self._scheduler.give_back.remote(self._order.name, warm)
+        except RayError:  # the scheduler is gone
+            for held in self._places:
+                free(held)
 
     async def _tick(self) -> None:
         while not self._is_over():
             await asyncio.sleep(TICK_S)
-            silent_s = time.monotonic() - self._driver_seen_s
+            silent_s = self._silent_s()
+            if self._run is None:
+                if silent_s > self._order.faults.start_timeout_s:  # its driver died before it could begin
+                    await self._leave()
+                continue
             if self._order.has_lease and silent_s > self._order.faults.lease_s:
                 await self._advance(membership.StopAsked(f"the driver was silent for {silent_s:.0f} s"))
             await self._advance(membership.Tick())
 
     # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._driver_seen_s
 
     async def _keep(self, refs: Sequence[Any]) -> Any:
         """Return a reference that lives as long as it must: a driver's own dies with the driver."""
@@ -310,13 +369,13 @@ class Controller:
     def _write(self, records: Sequence[dict[str, Any]]) -> None:
         """Put records into the journal and before whoever waits for them."""
         stamped = [{"t": round(time.time(), 3), **record} for record in records]
-        if self._journal:
-            self._journal.append_many(stamped)
         self._records += stamped
         if len(self._records) > 2 * HELD_RECORDS:
             self._forgotten += len(self._records) - HELD_RECORDS
             self._records = self._records[-HELD_RECORDS:]
         self._news.set()
+        if self._journal:
+            self._journal.append_many(stamped)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(self._watched(work))

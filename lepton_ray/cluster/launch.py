@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from lepton_ray.cluster.connect import connect as connect
 from lepton_ray.cluster.connect import nodes
@@ -15,8 +16,9 @@ from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE, controller_name
 from lepton_ray.cluster.scheduler import scheduler
 from lepton_ray.config import Faults, Resources
 from lepton_ray.data.sources import Source, Stream
-from lepton_ray.errors import ConfigError
+from lepton_ray.errors import ConfigError, WaitTimeout
 from lepton_ray.plan.allocate import fit, shortage
+from lepton_ray.plan.membership import Phase
 from lepton_ray.plan.types import Request, Slot
 from lepton_ray.storage import Folder
 from lepton_ray.train.spec import TrainSpec
@@ -58,11 +60,16 @@ def default_storage(folder: str) -> Folder:
 
 
 def running(name: str) -> Any:
-    """Return the controller of a running job, or None."""
+    """Return the controller of a running job, or None. One that is stopping is waited for."""
     try:
         controller = ray.get_actor(controller_name(name), namespace=NAMESPACE)
         status: Any = ray.get(controller.status.remote(), timeout=CALL_TIMEOUT_S)
-    except (ValueError, ray.exceptions.RayActorError):
+        if status["phase"] == Phase.STOPPING.value:
+            position, is_over = 0, False
+            while not is_over:  # the stop has a time limit of its own
+                _, position, is_over = ray.get(controller.events.remote(position), timeout=CALL_TIMEOUT_S)
+            status = ray.get(controller.status.remote(), timeout=CALL_TIMEOUT_S)
+    except (ValueError, RayActorError):
         return None
     if status["outcome"] is None:
         return controller
@@ -96,19 +103,29 @@ def start(
         path=[entry for entry in sys.path if entry and os.path.isabs(entry)],
         writes_journal=spec.mode == "train",
     )
-    controller: Any = (
-        ray.remote(Controller)
-        .options(
-            name=controller_name(spec.name),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            num_cpus=0,
-            max_concurrency=1000,
+    try:
+        controller: Any = (
+            ray.remote(Controller)
+            .options(
+                name=controller_name(spec.name),
+                namespace=NAMESPACE,
+                lifetime="detached",
+                num_cpus=0,
+                max_concurrency=1000,
+            )
+            .remote(order)
         )
-        .remote(order)
-    )
+    except ValueError:  # another driver was faster
+        return ray.get_actor(controller_name(spec.name), namespace=NAMESPACE)
     held = [[] if value is None else [ray.put(value)] for value in (spec, train_source, test_source)]
-    ray.get(controller.begin.remote(*held), timeout=faults.start_timeout_s)
+    try:
+        ray.get(controller.begin.remote(*held), timeout=faults.start_timeout_s)
+    except GetTimeoutError:
+        ray.kill(controller)
+        raise WaitTimeout(
+            f"the cluster did not start the controller of {spec.name!r} within {faults.start_timeout_s:g} s "
+            "(Faults.start_timeout_s)."
+        ) from None
     return controller
 
 

@@ -22,6 +22,8 @@ class Reporter:
         self._controller, self._rank, self._generation = controller, rank, generation
         self._records: deque[dict[str, Any]] = deque()
         self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._last: Any = None
         self._thread = threading.Thread(target=self._run, name="lepton-report", daemon=True)
         self._thread.start()
 
@@ -33,9 +35,13 @@ class Reporter:
         """Send what is left and wait until the controller has it."""
         self._over.set()
         self._thread.join()
-        last = self._send()
-        if last is not None:
-            ray.get(last, timeout=CALL_TIMEOUT_S)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what was reported so far and wait until the controller has it. May be called from any thread."""
+        self._send()
+        if self._last is not None:
+            ray.get(self._last, timeout=CALL_TIMEOUT_S)
 
     def _run(self) -> None:
         while not self._over.wait(PERIOD_S):
@@ -44,16 +50,18 @@ class Reporter:
             except RayActorError:
                 return  # the lease ends this process
 
-    def _send(self) -> Any:
+    def _send(self) -> None:
         """Send the gathered records; a worker's shares of steps travel as rows of one record."""
         rows: list[list[Any]] = []
         batch: list[dict[str, Any]] = []
-        while self._records:
-            record = self._records.popleft()
-            if record["event"] == "work":
-                rows.append([record["step"], record["first"], record["sizes"]])
-            else:
-                batch.append(record)
-        if rows:
-            batch.append({"event": "work", "rank": self._rank, "rows": rows})
-        return self._controller.report.remote(self._generation, batch) if batch else None
+        with self._lock:
+            while self._records:
+                record = self._records.popleft()
+                if record["event"] == "work":
+                    rows.append([record["step"], record["first"], record["sizes"]])
+                else:
+                    batch.append(record)
+            if rows:
+                batch.append({"event": "work", "rank": self._rank, "rows": rows})
+            if batch:
+                self._last = self._controller.report.remote(self._generation, batch)

@@ -91,6 +91,9 @@ class Scheduler:
     async def ping(self) -> None:
         """Answer: whoever holds a lease on this actor learns that it lives."""
 
+    async def waits(self, reason: str) -> None:
+        """Take the reason of a wait in the scheduler's own name (see `warm`), which nobody reads."""
+
     async def admit(self, request: Request, controller: Any) -> Granted | Refuse:
         """Wait for the job's turn and for room; then return its places, or say why it can never run."""
         await self._found
@@ -215,7 +218,7 @@ class Scheduler:
                 continue
             with suppress(ValueError, RayActorError, asyncio.TimeoutError):
                 controller = ray.get_actor(name, namespace=NAMESPACE)
-                held = await asyncio.wait_for(controller.places.remote(), CALL_TIMEOUT_S)
+                held: list[Held] = await asyncio.wait_for(controller.places.remote(), CALL_TIMEOUT_S)
                 if held:
                     self._jobs[name.removeprefix(JOB_PREFIX)] = _Job(controller, held)
         known = {held.name for job in self._jobs.values() for held in job.held}

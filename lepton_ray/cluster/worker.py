@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from lepton_ray.cluster.names import CALL_TIMEOUT_S
 from lepton_ray.cluster.reporter import Reporter
 from lepton_ray.errors import ConfigError, PeerLost, RunFailed, WaitTimeout
 from lepton_ray.plan.membership import Failure
@@ -78,6 +79,9 @@ class Worker:
         """Name who is to be alive for this process to go on."""
         self._holder, self._lease_s = holder, lease_s
 
+    def ping(self) -> None:
+        """Answer: the scheduler learns that this warm process lives."""
+
     def prepare(self) -> dict[str, Any]:
         """Wait until everything is imported; say where this is."""
         self._imported.wait()
@@ -113,6 +117,7 @@ class Worker:
                     peers=peers,
                     device=_device(),
                     report=self._reporter.report,
+                    record=self._record,
                     wish=self._stop.is_set,
                 )
             self._peers, self._spec = peers, spec
@@ -163,6 +168,12 @@ class Worker:
             del sys.modules[name]
         sys.path[:] = self._path
         return is_clean
+
+    def _record(self, step: int) -> None:
+        """Wait until the journal holds what all workers did before `step`."""
+        assert self._assignment is not None
+        self._reporter.flush()
+        ray.get(self._holder.recorded.remote(self._assignment.generation, step), timeout=CALL_TIMEOUT_S)
 
     def _watch(self) -> None:
         """End this process when the holder of its lease is gone: nobody else would."""

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar
 from urllib.parse import quote
 from weakref import WeakValueDictionary
@@ -151,8 +152,11 @@ class LeptonGroup(BaseGroup):
             del _forming_or_formed[self._group_name]
 
     def allreduce(self, tensor: list[Tensor], allreduce_options: Options = None) -> None:
-        with self._within(allreduce_options) as ring, _flat(tensor[0]) as array:
-            ring.allreduce(array, _reduction(tensor[0], allreduce_options))
+        op = _reduction(tensor[0], allreduce_options)
+        array, finish = _flat(tensor[0])
+        with self._within(allreduce_options) as ring:
+            ring.allreduce(array, op)
+        finish()
 
     def barrier(self, barrier_options: Options = None) -> None:
         with self._within(barrier_options) as ring:
@@ -160,50 +164,56 @@ class LeptonGroup(BaseGroup):
 
     def reduce(self, tensor: list[Tensor], reduce_options: Options = None) -> None:
         root = reduce_options.root_rank if reduce_options is not None else 0
-        with self._within(reduce_options) as ring, _flat(tensor[0], is_written=root == self._rank) as array:
-            ring.reduce(array, root, _reduction(tensor[0], reduce_options))
+        op = _reduction(tensor[0], reduce_options)
+        array, finish = _flat(tensor[0], is_written=root == self._rank)
+        with self._within(reduce_options) as ring:
+            ring.reduce(array, root, op)
+        finish()
 
     def broadcast(self, tensor: list[Tensor], broadcast_options: Options = None) -> None:
         root = broadcast_options.root_rank if broadcast_options is not None else 0
-        with self._within(broadcast_options) as ring, _flat(tensor[0], is_written=root != self._rank) as array:
+        array, finish = _flat(tensor[0], is_written=root != self._rank)
+        with self._within(broadcast_options) as ring:
             ring.broadcast(array, root)
+        finish()
 
     def allgather(
         self, tensor_list: list[list[Tensor]], tensor: list[Tensor], allgather_options: Options = None
     ) -> None:
         outputs = tensor_list[0]
-        with self._within(allgather_options) as ring, _flat(tensor[0], is_written=False) as array:
-            if len(outputs) != self._world_size:
-                raise ConfigError(f"allgather got {len(outputs)} output tensors for {self._world_size} ranks.")
-            for output in outputs:
-                _check_alike("allgather", output, tensor[0])
+        self._check_alike("allgather", outputs, tensor[0])
+        targets = [_flat(output) for output in outputs]
+        array, _ = _flat(tensor[0], is_written=False)
+        with self._within(allgather_options) as ring:
             rows = ring.allgather(array)
-        for output, row in zip(outputs, rows):
-            with _flat(output) as target:
-                target[:] = row
+        for (target, finish), row in zip(targets, rows):
+            target[:] = row
+            finish()
 
     def reducescatter(
         self, tensor: list[Tensor], tensor_list: list[list[Tensor]], reducescatter_options: Options = None
     ) -> None:
         inputs = tensor_list[0]
-        if len(inputs) != self._world_size:
-            raise ConfigError(f"reducescatter got {len(inputs)} input tensors for {self._world_size} ranks.")
-        for each in inputs:
-            _check_alike("reducescatter", each, tensor[0])
-        with self._within(reducescatter_options) as ring, _flat(tensor[0]) as output:
-            joined = np.empty(output.size * self._world_size, output.dtype)
-            for row, each in zip(joined.reshape(self._world_size, output.size), inputs):
-                with _flat(each, is_written=False) as array:
-                    row[:] = array
-            output[:] = ring.reducescatter(joined, _reduction(tensor[0], reducescatter_options))
+        self._check_alike("reducescatter", inputs, tensor[0])
+        op = _reduction(tensor[0], reducescatter_options)
+        output, finish = _flat(tensor[0])
+        joined = np.empty((self._world_size, output.size), output.dtype)
+        for row, each in zip(joined, inputs):
+            row[:] = _flat(each, is_written=False)[0]
+        with self._within(reducescatter_options) as ring:
+            output[:] = ring.reducescatter(joined.reshape(-1), op)
+        finish()
 
     def send(self, tensor: list[Tensor], send_options: Options) -> None:
-        with self._within(send_options) as ring, _flat(tensor[0], is_written=False) as array:
+        array, _ = _flat(tensor[0], is_written=False)
+        with self._within(send_options) as ring:
             ring.send(array, send_options.dst_rank)
 
     def recv(self, tensor: list[Tensor], recv_options: Options) -> None:
-        with self._within(recv_options) as ring, _flat(tensor[0]) as array:
+        array, finish = _flat(tensor[0])
+        with self._within(recv_options) as ring:
             ring.recv(array, recv_options.src_rank)
+        finish()
 
     @contextmanager
     def _within(self, options: Options) -> Iterator[Ring]:
@@ -216,40 +226,56 @@ class LeptonGroup(BaseGroup):
             with self._ring.limited(limit.total_seconds()):
                 yield self._ring
 
+    def _check_alike(self, call: str, tensors: Sequence[Tensor], model: Tensor) -> None:
+        """Check a list that holds one tensor for each rank."""
+        if len(tensors) != self._world_size:
+            raise ConfigError(f"{call} got a list of {len(tensors)} tensors for {self._world_size} ranks.")
+        for each in tensors:
+            if tuple(each.shape) != tuple(model.shape) or _dtype_name(each) != _dtype_name(model):
+                raise ConfigError(
+                    f"{call} got a tensor of shape {tuple(each.shape)} and dtype {each.dtype} beside one of shape "
+                    f"{tuple(model.shape)} and dtype {model.dtype}: all must be alike."
+                )
 
-@contextmanager
-def _flat(tensor: Tensor, *, is_written: bool = True) -> Iterator[Array]:
-    """Show a tensor as a 1-D array: in place if it is contiguous and in host memory, otherwise by way of a copy."""
+
+def _flat(tensor: Tensor, *, is_written: bool = True) -> tuple[Array, Callable[[], object]]:
+    """Show a tensor as a 1-D array, in place if it is contiguous and in host memory, otherwise as a copy.
+
+    Returns the array, and what brings a result in it back to the tensor.
+    """
     if isinstance(tensor, torch.Tensor):
+        if tensor.layout != torch.strided:
+            raise ConfigError(f"the collective got a {tensor.layout} tensor. Use tensor.to_dense().")
         source = tensor.detach()
-        if source.layout != torch.strided:
-            raise ConfigError(f"the collective got a {source.layout} tensor. Use tensor.to_dense().")
-        host = source.resolve_conj().resolve_neg().cpu().contiguous()
-        flat = host.reshape(-1)
-        yield flat.view(torch.int16).numpy().view(_BFLOAT16) if flat.dtype == torch.bfloat16 else flat.numpy()
-        if is_written and host.data_ptr() != source.data_ptr():
-            source.copy_(host)
-    elif isinstance(tensor, np.ndarray):
+        if source.is_cpu and source.is_contiguous() and not source.is_conj() and not source.is_neg():
+            return _as_array(source), _nothing
+        host = source.cpu().resolve_conj().resolve_neg().contiguous()
+        return _as_array(host), (lambda: source.copy_(host)) if is_written else _nothing
+    if isinstance(tensor, np.ndarray):
         if is_written and not tensor.flags.writeable:
             raise ConfigError(
                 "the collective would write its result into a read-only array (such as ray.get returns). Use x.copy()."
             )
+        if tensor.flags.c_contiguous:
+            return tensor.reshape(-1), _nothing
         contiguous = np.ascontiguousarray(tensor)
-        yield contiguous.reshape(-1)
-        if is_written and not np.may_share_memory(contiguous, tensor):
-            tensor[...] = contiguous.reshape(tensor.shape)
-    else:
-        raise ConfigError(f"the collective got a {type(tensor).__name__}: expected a torch tensor or a numpy array.")
+        back = partial(np.copyto, tensor, contiguous)
+        return contiguous.reshape(-1), back if is_written else _nothing
+    raise ConfigError(f"the collective got a {type(tensor).__name__}: expected a torch tensor or a numpy array.")
 
 
-def _check_alike(call: str, one: Tensor, other: Tensor) -> None:
-    if tuple(one.shape) != tuple(other.shape) or str(one.dtype).removeprefix("torch.") != str(other.dtype).removeprefix(
-        "torch."
-    ):
-        raise ConfigError(
-            f"{call} got a tensor of shape {tuple(one.shape)} and dtype {one.dtype} beside one of shape "
-            f"{tuple(other.shape)} and dtype {other.dtype}: all must be alike."
-        )
+def _as_array(host: torch.Tensor) -> Array:
+    if host.dtype == torch.bfloat16:
+        return host.reshape(-1).view(torch.int16).numpy().view(_BFLOAT16)
+    return host.numpy().reshape(-1)
+
+
+def _nothing() -> None:
+    """Bring nothing back: the result is where it belongs."""
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _in_torch(dtype: torch.dtype, plain: Reduction, apply: Callable[..., object]) -> Reduction:

@@ -1,44 +1,38 @@
-"""Move arrays between the processes of one group over TCP, and reduce them. Knows neither ray nor torch.
+"""Reduce and move arrays between the processes of one group over TCP. Knows neither ray nor torch.
 
 A group is a full mesh: one connection per pair of ranks, opened once by `Ring.form`. Worlds are small, a mesh makes
 point-to-point free, and every rank sees the death of any other on a socket of its own. A pair has ONE stream, so its
 messages keep program order: all ranks make the same calls in the same order, sends and receives included.
 
-Small reductions go directly from everybody to everybody, one hop, and are summed in rank order. Larger ones go round
-the ring of `plan.ring`, cut into pieces that are forwarded as soon as they are reduced. Either way every rank ends
-with the same bits.
+Small reductions go directly from everybody to everybody, one hop, and are summed in rank order; so do those of two
+ranks, whatever their size. Larger ones go round the ring of `plan.ring`, cut into pieces that are forwarded as soon as
+they are reduced. Either way every rank ends with the same bits.
 
-A group is never repaired. The first error, or `abort`, shuts all sockets of this rank down, which ends the operation
-of every other rank likewise: no rank is left to its timeout because the dead one was not its neighbour.
+A group is never repaired. The first error, or `abort`, shuts all sockets of this rank down. Whoever waits for anybody
+watches everybody, so this ends the operation of every other rank likewise: none is left to its timeout because the
+dead rank was not its neighbour. A rank that leaves on purpose says goodbye first and disturbs nobody who can do
+without it.
 """
 
 from __future__ import annotations
 
-import hmac
-import os
 import select
-import selectors
-import socket
 import struct
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_ray.errors import ConfigError, LeptonError, PeerLost, WaitTimeout
+from lepton_ray.collective.links import Flow, Link, late
+from lepton_ray.collective.mesh import Exchange, Mesh
+from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout
 from lepton_ray.plan.ring import Move, all_gather, chunk_bounds, reduce_scatter
 
 Array = NDArray[Any]  # any dtype that numpy can hold without objects
-Exchange = Callable[[bytes], Sequence[bytes]]
-"""Gives the own address to all ranks of a group; returns the addresses of all, by rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,181 +65,12 @@ _GOODBYE = _HEADER.pack(0xFF, 0, 0, 0, 0, 0, 0)
 # that all ranks may send before they receive).
 _DIRECT_BYTES = 32 << 10
 # A piece is received, reduced and forwarded while it is in the cache.
-_PIECE_BYTES = 1 << 20
-# Socket buffers that keep a link busy while the other end reduces a piece. Set only where the kernel grants them: asking
-# for more than it grants leaves a small buffer and turns its own tuning off.
-_BUFFER_BYTES = 4 << 20
+_PIECE_BYTES = 512 << 10
 # Waking a sleeping process on another core costs 50-140 us on a virtual machine, so a short wait is polled. Between two
 # polls the core is offered to others: with more ranks than cores the awaited one may need it.
 _SPIN_S = 100e-6
-BULK = 0.0
 # Payloads in scratch memory begin on a cache line; the header lies just before.
 _LINE = 64
-
-_MAGIC = b"lepton1\n"
-_NONCE_BYTES = 16
-_HELLO = struct.Struct(f"<{len(_MAGIC)}sI{_NONCE_BYTES}s")
-_PROOF_BYTES = 32
-_GUESTS = 64  # connections that may be in the middle of their proof at once
-
-
-class _Link:
-    """The connection to one peer. Says in its errors which peer it was."""
-
-    __slots__ = ("descriptor", "peer", "socket")
-
-    def __init__(self, peer: int, connection: socket.socket) -> None:
-        self.peer, self.socket, self.descriptor = peer, connection, connection.fileno()
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for option, limit in ((socket.SO_SNDBUF, "wmem_max"), (socket.SO_RCVBUF, "rmem_max")):
-            if _kernel_limit(limit) >= _BUFFER_BYTES:
-                connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-        # Keepalive finds a peer whose machine went silent while nothing is in flight. TCP_USER_TIMEOUT is left alone:
-        # it also ends connections to healthy peers that do not read for a while because they compute.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-    def receive(self, view: memoryview) -> int:
-        """Receive what is there; return the number of bytes, 0 if nothing is there yet."""
-        try:
-            count = self.socket.recv_into(view)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise self.lost(error) from error
-        if not count:
-            raise PeerLost(f"rank {self.peer} closed its connection")
-        return count
-
-    def send(self, *views: bytes | memoryview) -> int:
-        """Send what the kernel takes; return the number of bytes."""
-        try:
-            return self.socket.sendmsg(views)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise self.lost(error) from error
-
-    def lost(self, error: OSError) -> PeerLost:
-        return PeerLost(f"the connection to rank {self.peer} broke ({error.strerror or error})")
-
-
-class _Watch:
-    """Waits for some links and keeps an eye on all others, so that any death in the group ends any wait."""
-
-    def __init__(self, links: Iterable[_Link]) -> None:
-        self._links = {link.descriptor: link for link in links}
-        self._wanted = dict.fromkeys(self._links, -1)
-        self._ignored: set[int] = set()
-        self._poll = select.poll()
-        for link in self._links.values():
-            self.want(link, 0)
-
-    def want(self, link: _Link, events: int) -> None:
-        """Wait for these poll events of a link from now on."""
-        if self._wanted[link.descriptor] != events:
-            self._wanted[link.descriptor] = events
-            self._register(link.descriptor)
-
-    def wait(self, timeout_s: float, spin_s: float = 0) -> list[_Link]:
-        """Return the links that are ready, none when the time is up. Raises PeerLost.
-
-        spin_s: how long to poll before sleeping.
-        """
-        end_s = time.perf_counter() + spin_s
-        while True:
-            events = self._poll.poll(0)
-            if not events and time.perf_counter() < end_s:
-                os.sched_yield()
-                continue
-            if not events:
-                events = self._poll.poll(timeout_s * 1000)
-                if not events:
-                    return []
-            ready = []
-            for descriptor, happened in events:
-                wanted = self._wanted[descriptor]
-                if wanted and happened & (wanted | select.POLLHUP | select.POLLERR):
-                    ready.append(self._links[descriptor])
-                else:
-                    self._inspect(self._links[descriptor])
-            if ready:
-                return ready
-
-    def _register(self, descriptor: int) -> None:
-        mask = self._wanted[descriptor] | (0 if descriptor in self._ignored else select.POLLRDHUP)
-        if mask:
-            self._poll.register(descriptor, mask)
-        else:
-            self._poll.unregister(descriptor)
-
-    def _inspect(self, link: _Link) -> None:
-        """Decide what it means that a peer nobody waits for has hung up."""
-        try:
-            ahead = link.socket.recv(1, socket.MSG_PEEK)
-        except OSError as error:
-            raise link.lost(error) from error
-        if not ahead:
-            raise PeerLost(f"rank {link.peer} closed its connection")
-        # Its last words are unread: a goodbye, or data for a later call. That call will see what became of it.
-        self._ignored.add(link.descriptor)
-        self._register(link.descriptor)
-
-
-class _Flow:
-    """Sends a queue of views to one link while views are received from another, without a thread."""
-
-    __slots__ = ("_inlet", "_outlet", "_queue", "_ring")
-
-    def __init__(self, ring: Ring, *, outlet: _Link | None = None, inlet: _Link | None = None) -> None:
-        self._ring, self._outlet, self._inlet = ring, outlet, inlet
-        self._queue: deque[bytes | memoryview] = deque()
-
-    def send(self, *views: bytes | memoryview) -> None:
-        """Queue views; nothing is sent before the next `receive` or `flush`."""
-        self._queue.extend(view for view in views if len(view))
-
-    def receive(self, view: memoryview) -> None:
-        """Fill `view`, sending meanwhile."""
-        assert self._inlet is not None
-        while view:
-            sent = self._push()
-            count = self._inlet.receive(view)
-            if count:
-                view = view[count:]
-            elif not sent:
-                self._ring._wait(self._inlet, self._outlet if self._queue else None)
-
-    def flush(self) -> None:
-        """Send all that is queued."""
-        while self._queue:
-            if not self._push():
-                self._ring._wait(None, self._outlet)
-
-    def _push(self) -> int:
-        if not self._queue or self._outlet is None:
-            return 0
-        view = self._queue[0]
-        count = self._outlet.send(view)
-        if count == len(view):
-            self._queue.popleft()
-        else:
-            self._queue[0] = view[count:]
-        return count
-
-
-class _Guest:
-    """A connection that has not proved yet whose it is."""
-
-    __slots__ = ("nonces", "peer", "said", "socket")
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        self.socket, self.said, self.peer = connection, b"", -1
-        self.nonces: bytes | None = None
 
 
 class Ring:
@@ -266,139 +91,23 @@ class Ring:
         if timeout_s <= 0:
             raise ConfigError(f"Ring(timeout_s={timeout_s}): expected seconds > 0.")
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
-        self._secret, self._host = secret, host
-        self._links: dict[int, _Link] = {}
-        self._watch = _Watch(())
+        self._mesh = Mesh(rank, world, secret, host, timeout_s)
         self._scratch = np.empty(0, np.uint8)
         self._calls = 0
         self._sent, self._received = [0] * world, [0] * world
         self._operating = threading.Lock()
-        # Guards the two below. Never held while waiting, so that abort returns at once.
-        self._ending = threading.Lock()
-        self._failure: str | None = None
-        self._sockets: set[socket.socket] = set()
-
-    # --- formation
 
     def form(self, exchange: Exchange) -> None:
         """Connect to all peers. Apart from the constructor, so that another thread can abort a formation.
 
-        Each rank connects to all lower ones and then accepts all higher ones; rank 0 only accepts, so somebody always
-        listens. Raises PeerLost or WaitTimeout; the group is then closed.
+        Raises PeerLost or WaitTimeout; the group is then closed.
         """
         with self._operating:
-            try:
-                if self.world > 1:
-                    self._connect(exchange)
-            except BaseException as error:
-                reason = self._failure
-                self._end(f"the group could not be formed: {error}")
-                self._release()
-                if reason is not None:
-                    raise PeerLost(f"rank {self.rank} of {self.world} stopped forming its group: {reason}") from error
-                if isinstance(error, OSError) and not isinstance(error, LeptonError):
-                    raise PeerLost(f"rank {self.rank} of {self.world} could not form its group: {error}") from error
-                raise
-
-    def _connect(self, exchange: Exchange) -> None:
-        deadline_s = time.monotonic() + self.timeout_s
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        listener = self._own(socket.socket(family, socket.SOCK_STREAM))
-        listener.bind((self._host, 0))
-        listener.listen(max(_GUESTS, self.world))
-        addresses = exchange(f"{self._host}|{listener.getsockname()[1]}".encode())
-        for peer in range(self.rank):
-            host, port = addresses[peer].decode().rsplit("|", 1)
-            self._links[peer] = _Link(peer, self._introduce(peer, host, int(port), deadline_s))
-        listener.setblocking(False)
-        self._welcome(listener, deadline_s)
-        self._disown(listener)
-        self._watch = _Watch(self._links.values())
-
-    def _introduce(self, peer: int, host: str, port: int, deadline_s: float) -> socket.socket:
-        """Connect to a lower rank; both prove the secret."""
-        connection = self._own(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM))
-        connection.settimeout(max(0.001, deadline_s - time.monotonic()))
-        nonce = os.urandom(_NONCE_BYTES)
-        answer = b""
-        try:
-            connection.connect((host, port))
-            connection.sendall(_HELLO.pack(_MAGIC, self.rank, nonce))
-            while len(answer) < _NONCE_BYTES + _PROOF_BYTES:
-                connection.settimeout(max(0.001, deadline_s - time.monotonic()))
-                more = connection.recv(_NONCE_BYTES + _PROOF_BYTES - len(answer))
-                if not more:
-                    raise PeerLost(f"rank {peer} at {host}:{port} turned rank {self.rank} down")
-                answer += more
-            nonces = nonce + answer[:_NONCE_BYTES]
-            if not hmac.compare_digest(answer[_NONCE_BYTES:], self._proof(b"accept", self.rank, peer, nonces)):
-                raise PeerLost(f"who answers at {host}:{port} is not rank {peer} of this group")
-            connection.sendall(self._proof(b"connect", self.rank, peer, nonces))
-        except TimeoutError as error:
-            raise WaitTimeout(
-                f"rank {self.rank} waited {self.timeout_s:g} s for rank {peer} at {host}:{port} to answer"
-            ) from error
-        return connection
-
-    def _welcome(self, listener: socket.socket, deadline_s: float) -> None:
-        """Accept all higher ranks. Whoever cannot prove the secret is dropped and holds up nobody."""
-        guests: list[_Guest] = []
-        with selectors.DefaultSelector() as selector:
-            selector.register(listener, selectors.EVENT_READ)
-            while missing := [peer for peer in range(self.rank + 1, self.world) if peer not in self._links]:
-                ready = selector.select(max(0.0, deadline_s - time.monotonic()))
-                if not ready and time.monotonic() >= deadline_s:
-                    raise WaitTimeout(f"rank {self.rank} waited {self.timeout_s:g} s for rank(s) {missing} to connect")
-                for key, _ in ready:
-                    if key.fileobj is listener:
-                        guest = _Guest(self._own(listener.accept()[0]))
-                        guests.append(guest)
-                        selector.register(guest.socket, selectors.EVENT_READ, guest)
-                        # The newest stay: real ranks come at once, while others may fill the house for ever.
-                        leaving = guests[: -max(_GUESTS, self.world)]
-                    else:
-                        leaving = [key.data] if self._hear(key.data) else []
-                    for guest in leaving:
-                        if guest in guests:
-                            guests.remove(guest)
-                            selector.unregister(guest.socket)
-                            link = self._links.get(guest.peer)
-                            if link is None or link.socket is not guest.socket:
-                                self._disown(guest.socket)
-        for guest in guests:
-            self._disown(guest.socket)
-
-    def _hear(self, guest: _Guest) -> bool:
-        """Read what a guest says, answer its hello, make a link once it proved itself. Return whether we are done."""
-        wanted = _HELLO.size if guest.nonces is None else _PROOF_BYTES
-        try:
-            more = guest.socket.recv(wanted - len(guest.said))
-            guest.said += more
-            if len(guest.said) < wanted:
-                return not more
-            if guest.nonces is None:
-                magic, peer, nonce = _HELLO.unpack(guest.said)
-                if magic != _MAGIC or not self.rank < peer < self.world:
-                    return True
-                own_nonce = os.urandom(_NONCE_BYTES)
-                guest.peer, guest.nonces, guest.said = peer, nonce + own_nonce, b""
-                guest.socket.sendall(own_nonce + self._proof(b"accept", peer, self.rank, guest.nonces))
-                return False
-        except OSError:
-            return True
-        is_proven = hmac.compare_digest(guest.said, self._proof(b"connect", guest.peer, self.rank, guest.nonces))
-        if is_proven and guest.peer not in self._links:
-            self._links[guest.peer] = _Link(guest.peer, guest.socket)
-        return True
-
-    def _proof(self, side: bytes, connecting: int, accepting: int, nonces: bytes) -> bytes:
-        return hmac.digest(self._secret, side + struct.pack("<II", connecting, accepting) + nonces, "sha256")
-
-    # --- the end
+            self._mesh.form(exchange)
 
     def abort(self, reason: str = "aborted") -> None:
         """End the group from any thread. What blocks in it, here or on another rank, raises PeerLost at once."""
-        self._end(reason)
+        self._mesh.end(reason)
 
     def close(self) -> None:
         """Leave the group and release its sockets; an operation in flight in another thread is ended first.
@@ -407,49 +116,17 @@ class Ring:
         """
         if self._operating.acquire(blocking=False):
             try:
-                if self._failure is None:
-                    for link in self._links.values():
+                if self._mesh.failure is None:
+                    for link in self._mesh.links.values():
                         try:
                             link.send(_GOODBYE)
                         except PeerLost:
                             pass  # left before us
             finally:
                 self._operating.release()
-        self._end("closed")
+        self._mesh.end("closed")
         with self._operating:
-            self._release()
-
-    def _end(self, reason: str) -> None:
-        with self._ending:
-            if self._failure is None:
-                self._failure = reason
-            for each in self._sockets:
-                try:
-                    each.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # not connected any more
-
-    def _release(self) -> None:
-        with self._ending:
-            for each in self._sockets:
-                each.close()
-            self._sockets.clear()
-            self._links.clear()
-            self._scratch = np.empty(0, np.uint8)
-
-    def _own(self, each: socket.socket) -> socket.socket:
-        """Let `_end` reach a socket from now on."""
-        with self._ending:
-            if self._failure is not None:
-                each.close()
-                raise PeerLost(self._failure)
-            self._sockets.add(each)
-        return each
-
-    def _disown(self, each: socket.socket) -> None:
-        with self._ending:
-            self._sockets.discard(each)
-            each.close()
+            self._mesh.release()
 
     # --- operations
 
@@ -459,6 +136,9 @@ class Ring:
             if self.world == 1:
                 return
             if array.nbytes * (self.world - 1) > _DIRECT_BYTES:
+                if self.world == 2:
+                    self._trade(header, array, op)
+                    return
                 moves = reduce_scatter(self.rank, self.world) + all_gather(self.rank, self.world)
                 self._circulate(header, array, moves, self.world - 1, op)
                 return
@@ -499,7 +179,7 @@ class Ring:
             if self.world == 1:
                 return
             before, after = self._neighbours()
-            flow = _Flow(self, outlet=None if after.peer == root else after, inlet=before)
+            flow = Flow(self._mesh.watch, self.timeout_s, outlet=None if after.peer == root else after, inlet=before)
             if self.rank != root:
                 self._expect(flow, before, header)
             if after.peer != root:
@@ -517,7 +197,7 @@ class Ring:
             if self.world == 1:
                 return
             before, after = self._neighbours()
-            flow = _Flow(self, outlet=None if self.rank == root else after, inlet=before)
+            flow = Flow(self._mesh.watch, self.timeout_s, outlet=None if self.rank == root else after, inlet=before)
             if before.peer != root:
                 self._expect(flow, before, header)
             if self.rank != root:
@@ -538,15 +218,15 @@ class Ring:
     def send(self, array: Array, to: int) -> None:
         """Send `array` to one rank. Returns when the kernel has taken all of it."""
         with self._operation(_MESSAGE, array, root=to, counter=self._sent, peer=to) as header:
-            flow = _Flow(self, outlet=self._links[to])
+            flow = Flow(self._mesh.watch, self.timeout_s, outlet=self._mesh.links[to])
             flow.send(header, _bytes_of(array))
             flow.flush()
 
     def recv(self, array: Array, source: int) -> None:
         """Receive into `array` what rank `source` sends."""
         with self._operation(_MESSAGE, array, root=self.rank, counter=self._received, peer=source) as header:
-            flow = _Flow(self, inlet=self._links[source])
-            self._expect(flow, self._links[source], header)
+            flow = Flow(self._mesh.watch, self.timeout_s, inlet=self._mesh.links[source])
+            self._expect(flow, self._mesh.links[source], header)
             flow.receive(_bytes_of(array))
 
     def barrier(self) -> None:
@@ -596,48 +276,32 @@ class Ring:
             else:
                 counter[peer] = number = (counter[peer] + 1) & 0xFFFFFFFF
             try:
-                if self._failure is not None:
+                if self._mesh.failure is not None:
                     raise PeerLost("it has ended")
-                if self.world > 1 and not self._links:
+                if self.world > 1 and not self._mesh.links:
                     raise ConfigError("Ring.form was not called.")
                 yield _HEADER.pack(
                     call, op.code if op else 0, ord(dtype.kind), dtype.itemsize & 0xFF, root, number, array.size
                 )
             except BaseException as error:  # also KeyboardInterrupt: a stream may be left in the middle of a message
-                reason = self._failure
+                reason = self._mesh.failure
                 message = f"{_CALLS[call]} #{number} on rank {self.rank} of {self.world}: "
                 message += f"{error}" if reason is None else f"the group was ended before or meanwhile ({reason})"
-                self._end(message)
-                self._release()
+                self._mesh.end(message)
+                self._mesh.release()
                 if reason is not None:
                     raise PeerLost(message) from error
                 if isinstance(error, (PeerLost, WaitTimeout)):
                     raise type(error)(message) from error.__cause__
                 raise
 
-    def _neighbours(self) -> tuple[_Link, _Link]:
-        return self._links[(self.rank - 1) % self.world], self._links[(self.rank + 1) % self.world]
+    def _neighbours(self) -> tuple[Link, Link]:
+        return self._mesh.links[(self.rank - 1) % self.world], self._mesh.links[(self.rank + 1) % self.world]
 
     def _room(self, size_bytes: int) -> NDArray[np.uint8]:
         if self._scratch.size < size_bytes:
             self._scratch = np.empty(max(size_bytes, _PIECE_BYTES), np.uint8)
         return self._scratch
-
-    def _wait(self, inlet: _Link | None, outlet: _Link | None) -> None:
-        """Wait until bytes can be received from one link or sent to another."""
-        if inlet is not None:
-            both = select.POLLOUT if inlet is outlet else 0
-            self._watch.want(inlet, select.POLLIN | both)
-        if outlet is not None and outlet is not inlet:
-            self._watch.want(outlet, select.POLLOUT)
-        if not self._watch.wait(self.timeout_s, BULK):
-            raise self._late([link.peer for link in (inlet, outlet) if link is not None][:1])
-        for link in (inlet, outlet):
-            if link is not None:
-                self._watch.want(link, 0)
-
-    def _late(self, peers: Sequence[int]) -> WaitTimeout:
-        return WaitTimeout(f"nothing moved to or from rank {', '.join(map(str, peers))} for {self.timeout_s:g} s")
 
     def _swap(self, header: bytes, array: Array) -> list[Array]:
         """Exchange a small array with every peer; return the arrays of all ranks, valid until the next operation."""
@@ -653,17 +317,17 @@ class Ring:
                 continue
             parts.append(scratch[start : start + size_bytes].view(array.dtype))
             missing[rank] = memoryview(scratch[start - _HEADER.size : start + size_bytes]), 0
-            link = self._links[rank]
+            link = self._mesh.links[rank]
             sent = link.send(header, view)
             if sent < _HEADER.size + size_bytes:  # rare: the kernel's buffer holds messages that are still unread
-                flow = _Flow(self, outlet=link)
+                flow = Flow(self._mesh.watch, self.timeout_s, outlet=link)
                 flow.send(memoryview(header + view)[sent:])
                 flow.flush()
-            self._watch.want(link, select.POLLIN)
+            self._mesh.watch.want(link, select.POLLIN)
         while missing:
-            ready = self._watch.wait(self.timeout_s, _SPIN_S)
+            ready = self._mesh.watch.wait(self.timeout_s, _SPIN_S)
             if not ready:
-                raise self._late(list(missing))
+                raise late(list(missing), self.timeout_s)
             for link in ready:
                 area, filled = missing[link.peer]
                 filled += link.receive(area[filled:])
@@ -672,13 +336,28 @@ class Ring:
                 missing[link.peer] = area, filled
                 if filled == len(area):
                     del missing[link.peer]
-                    self._watch.want(link, 0)
+                    self._mesh.watch.want(link, 0)
         return parts
+
+    def _trade(self, header: bytes, array: Array, op: Reduction) -> None:
+        """All-reduce between two ranks: each sends all it has. As many bytes as a ring of two, in one phase of it."""
+        (link,) = self._mesh.links.values()
+        flow = Flow(self._mesh.watch, self.timeout_s, outlet=link, inlet=link)
+        pieces = list(_pieces(array, 0, array.size))
+        flow.send(header, *map(_bytes_of, pieces))
+        self._expect(flow, link, header)
+        for index, piece in enumerate(pieces, start=1):
+            scratch = self._room(piece.nbytes)[: piece.nbytes]
+            flow.receive(memoryview(scratch))
+            flow.flush(keep=len(pieces) - index)  # what has not left yet must not be overwritten
+            received = scratch.view(array.dtype)
+            first, second = (piece, received) if self.rank == 0 else (received, piece)
+            op.apply(first, second, out=piece)
 
     def _circulate(self, header: bytes, array: Array, moves: Sequence[Move], reducing: int, op: Reduction) -> None:
         """Make the moves of a ring. The first `reducing` of them reduce what is received, the others store it."""
         before, after = self._neighbours()
-        flow = _Flow(self, outlet=after, inlet=before)
+        flow = Flow(self._mesh.watch, self.timeout_s, outlet=after, inlet=before)
         bounds = chunk_bounds(array.size, self.world)
         flow.send(header)
         flow.send(*map(_bytes_of, _pieces(array, bounds[moves[0].send], bounds[moves[0].send + 1])))
@@ -697,7 +376,7 @@ class Ring:
                     flow.send(_bytes_of(piece))
         flow.flush()
 
-    def _expect(self, flow: _Flow, link: _Link, header: bytes) -> None:
+    def _expect(self, flow: Flow, link: Link, header: bytes) -> None:
         arrived = memoryview(bytearray(_HEADER.size))
         flow.receive(arrived)
         self._check(link.peer, header, arrived)
@@ -712,14 +391,6 @@ class Ring:
             f"rank {self.rank} calls {_describe(own)} but rank {peer} calls {_describe(arrived)}. All ranks of a group "
             "must make the same calls in the same order, with arrays of equal size and dtype."
         )
-
-
-@cache
-def _kernel_limit(name: str) -> int:
-    try:
-        return int(Path("/proc/sys/net/core", name).read_text())
-    except (OSError, ValueError):
-        return 0
 
 
 def _bytes_of(array: Array) -> memoryview:

@@ -4,7 +4,8 @@
                   any phase -> stopping -> ended      (cancelled, driver gone, failed)
 
 Every phase but training has a deadline. A failure that others report because a worker went away (PeersLost) waits a
-moment for its cause, so that the run ends with the cause and not with an echo.
+moment for its cause, so that the run ends with the cause and not with an echo. While it trains, a run that failed
+waits a moment for the other workers as well: rank 0 may be writing a checkpoint, and holds the last records.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Outcome(str, Enum):
 
 CAUSE_GRACE_S = 3.0
 """How long an echo waits for its cause; Ray tells of a dead process within 0.1 s."""
+LAST_WORDS_S = 10.0
+"""How long the other workers may take to notice a failure and to write down what they hold."""
 STOP_GRACE_S = 60.0
 """How long workers may take to reach a step's end and write the last checkpoint."""
 
@@ -64,7 +67,7 @@ class Run:
     phase: Phase = Phase.WAITING
     generation: int = 0
     ready: frozenset[int] = frozenset()
-    """Ranks that have done what the phase waits for."""
+    """Ranks that have done what the phase waits for, or failed at it."""
     deadline_s: float | None = None
     failure: Failure | None = None
     cancel_reason: str | None = None
@@ -204,6 +207,8 @@ def _ready(run: Run, rank: int, phase: Phase, now_s: float) -> tuple[Run, list[C
     run = replace(run, ready=run.ready | {rank})
     if len(run.ready) < run.workers:
         return run, []
+    if run.failure is not None:
+        return _end(run, Outcome.FAILED, run.failure)
     match run.phase:
         case Phase.STARTING:
             run = replace(_enter(run, Phase.FORMING, now_s + run.limits.form_s), generation=run.generation + 1)
@@ -213,14 +218,19 @@ def _ready(run: Run, rank: int, phase: Phase, now_s: float) -> tuple[Run, list[C
         case Phase.TRAINING:
             return _end(run, Outcome.FINISHED)
         case _:
-            return _end(run, Outcome.FAILED if run.failure else Outcome.CANCELLED, run.failure)
+            return _end(run, Outcome.CANCELLED)
 
 
 def _broke(run: Run, failure: Failure, now_s: float) -> tuple[Run, list[Command]]:
-    if not failure.is_echo:
+    is_training = run.phase in (Phase.TRAINING, Phase.STOPPING)
+    if not failure.is_echo and (failure.rank is None or not is_training):
         return _end(run, Outcome.FAILED, failure)
-    if run.failure is None:
-        return replace(run, failure=failure, deadline_s=now_s + CAUSE_GRACE_S), []
+    if run.failure is None or (run.failure.is_echo and not failure.is_echo):
+        grace_s = CAUSE_GRACE_S if failure.is_echo else LAST_WORDS_S
+        run = replace(run, failure=failure, deadline_s=now_s + grace_s)
+    run = replace(run, ready=run.ready | {failure.rank} if failure.rank is not None else run.ready)
+    if len(run.ready) == run.workers:
+        return _end(run, Outcome.FAILED, run.failure)
     return run, []
 
 

@@ -53,6 +53,8 @@ class BufferFold:
     def enter(self) -> None:
         """Set the buffers as they were before the step; the next forward starts from there."""
         for group in self._groups:
+            for buffer in group.members:
+                buffer.reclaim()  # after a forward without a `leave`, too
             group.flat.copy_(group.before)
 
     def leave(self, microbatch: int) -> None:

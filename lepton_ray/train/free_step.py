@@ -32,8 +32,9 @@ class SharedOptimizer:
 
     def __init__(self, optimizer: torch.optim.Optimizer, allreduce: Callable[[torch.Tensor], None] | None) -> None:
         self.optimizer = optimizer
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._reducer = Reducer({str(i): p for i, p in enumerate(parameters)}, allreduce)
+        self._allreduce = allreduce
         self._share = 1.0
         self.steps = 0
 
@@ -48,15 +49,30 @@ class SharedOptimizer:
 
     def step(self) -> None:
         """Average the gradients over the samples of all workers and update."""
+        self._reducer.reclaim()
         self._reducer.scale(self._share)
         self._reducer.finish()
+        self._drop_unused()
         optimizers.step(self.optimizer)
+        self._reducer.reclaim()
         self.steps += 1
 
     def begin(self, share: float) -> None:
         """Start a step of the run in which this worker has the part `share` of the samples."""
         self._share, self.steps = share, 0
         self._reducer.begin()
+
+    def _drop_unused(self) -> None:
+        """Take the gradient from parameters that no backward of any worker reached, as torch does."""
+        unused = self._reducer.untouched()
+        if self._allreduce:
+            used = torch.ones(self._reducer.size, dtype=torch.float64)
+            if unused is not None:
+                used -= unused
+            self._allreduce(used)
+            unused = used == 0
+        if unused is not None:
+            self._reducer.drop(unused)
 
     def close(self) -> None:
         """Take the hooks off the parameters."""

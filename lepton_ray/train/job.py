@@ -31,9 +31,10 @@ class Task:
         peers: Peers,
         device: torch.device,
         report: Report,
+        record: Callable[[int], None],
         wish: Callable[[], bool],
     ) -> None:
-        """train_source: None unless the job trains. test_source: what is evaluated or predicted."""
+        """train_source: None unless the job trains. test_source: what is evaluated or predicted. Others: see `Loop`."""
         torch.set_num_threads(spec.threads)
         if spec.reproducible:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -47,11 +48,18 @@ class Task:
                 microbatches=spec.batch.microbatches or peers.world,
                 seed=spec.seed,
             )
-        self._parts = make_parts(spec, feed, train_source or test_source, peers, device, self._note)
+        self._parts = make_parts(spec, feed, peers, device, self._note)
         self._loop = None
         if feed is not None:
             self._loop = Loop(
-                spec, self._parts, feed=feed, test_source=test_source, peers=peers, report=report, wish=wish
+                spec,
+                self._parts,
+                feed=feed,
+                test_source=test_source,
+                peers=peers,
+                report=report,
+                record=record,
+                wish=wish,
             )
 
     @property

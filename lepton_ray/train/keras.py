@@ -1,4 +1,4 @@
-"""Keras models inside a worker, on Keras' torch backend: the model, its loss, its optimizer and its metrics.
+"""Keras models inside a worker, on Keras' torch backend: the model and its loss.
 
 What Keras does differently from torch, and what is made of it here:
 - training or evaluation is an argument of the call;
@@ -12,12 +12,11 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,14 @@ import torch
 from torch import nn
 
 from lepton_ray.data.batch import Batch, samples, split_target
-from lepton_ray.errors import CheckpointError, ConfigError
+from lepton_ray.errors import ConfigError
 from lepton_ray.plan.batch import seed_of
-from lepton_ray.train.blueprint import FACTORY_HINT, describe, is_overridden, weight_names
+from lepton_ray.train.blueprint import describe
+from lepton_ray.train.keras_pack import NO_SAMPLE, Portable, is_overridden, weight_names
 from lepton_ray.train.model import Buffer, Model
 from lepton_ray.train.objective import Objective, Outcome, call
-from lepton_ray.train.words import TargetFacts, infer_loss, target_facts
+from lepton_ray.train.pickling import FACTORY_HINT
+from lepton_ray.train.words import TargetFacts, infer_loss
 
 _WRONG_BACKEND = (
     "a Keras model is trained on Keras' torch backend, but this process runs {found}. "
@@ -150,8 +151,8 @@ def _advice() -> str:
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    """Tell whether Keras would pass an argument: it goes by the name alone and takes no notice of **kwargs."""
+    return name in inspect.signature(function).parameters
 
 
 def _changing(model: keras.Model) -> dict[int, tuple[Any, float]]:
@@ -188,43 +189,53 @@ def defaults(model: KerasModel) -> KerasDefaults:
 
 
 def prepare(
-    model: KerasModel, batch: Batch, *, loss: Any = None, optimizer: Any = None, metrics: Any = None
+    model: KerasModel,
+    target: TargetFacts | None,
+    *,
+    loss: Any = None,
+    optimizer: Any = None,
+    metrics: Any = None,
 ) -> KerasDefaults:
     """Compile the model for training and return what it is compiled with.
 
-    What is given counts first, then what the model was compiled with, then what follows from `batch`, the same one on
-    every worker. loss, optimizer, metrics: as `keras.Model.compile` takes them. Raises ConfigError.
+    What is given counts first, then what the model was compiled with, then what follows from the targets.
+    target: None when there is none to be seen. loss, optimizer, metrics: as `keras.Model.compile` takes them, or
+    Portable. Raises ConfigError.
     """
-    own = defaults(model)
+    loss, metrics = _arrived(loss), _arrived(metrics)
+    optimizer = optimizer.config if isinstance(optimizer, Portable) else optimizer
+    own, inferred = defaults(model), KerasDefaults()
     if loss is not None:
-        own = KerasDefaults(optimizer=own.optimizer, metrics=own.metrics, why="it was given to the trainer")
+        inferred = KerasDefaults(why="it was given to the trainer")
     elif has_own_loss(model):
-        own = KerasDefaults(optimizer=own.optimizer, metrics=own.metrics, why="the model has its own compute_loss")
+        inferred = KerasDefaults(why="the model has its own compute_loss")
     elif own.loss is None:
-        own = _inferred(model, batch)
+        if target is None:
+            raise ConfigError(NO_SAMPLE)
+        activation = last_activation(model)
+        inferred = infer(activation, target, _like(model.keras_model.output_shape, target.shape))
     compile_model(
         model,
-        loss=own.loss if loss is None and not defaults(model).loss else loss,
-        optimizer=optimizer or own.optimizer or "adam",
-        metrics=metrics or own.metrics,
+        loss=inferred.loss if loss is None else loss,
+        optimizer="adam" if optimizer is None and own.optimizer is None else optimizer,
+        metrics=inferred.metrics if metrics is None and own.metrics is None else metrics,
     )
-    final = defaults(model)
-    return KerasDefaults(loss=final.loss, optimizer=final.optimizer, metrics=final.metrics, why=own.why)
+    return replace(defaults(model), why=inferred.why)
 
 
-def _inferred(model: KerasModel, batch: Batch) -> KerasDefaults:
-    activation = last_activation(model)
-    inputs, target = split_target(batch)
-    if not isinstance(target, torch.Tensor):
-        raise ConfigError(
-            "no loss was given, the model was not compiled, and the batches have no single target tensor. "
-            "Call model.compile(loss=...), or pass loss=."
-        )
-    model.train(False)
-    with torch.no_grad():
-        outputs = call(model, inputs)
-    model.train(True)
-    return infer(activation, target_facts(target.cpu()), tuple(outputs.shape))
+def _arrived(option: Any) -> Any:
+    """Make the objects again that travelled as configs."""
+    if isinstance(option, Portable):
+        return keras.saving.deserialize_keras_object(option.config)
+    if isinstance(option, Mapping):
+        return {key: _arrived(value) for key, value in option.items()}
+    return [_arrived(value) for value in option] if isinstance(option, list) else option
+
+
+def _like(shape: Sequence[int | None], target: Sequence[int]) -> tuple[int, ...]:
+    """Fill dims of an output that the model leaves open with those of the target; the first one counts samples."""
+    known = (*target, *[0] * len(shape))
+    return tuple(known[i] if size is None or i == 0 else size for i, size in enumerate(shape))
 
 
 def has_own_loss(model: KerasModel) -> bool:
@@ -240,7 +251,7 @@ def infer(activation: str | None, target: TargetFacts, outputs: tuple[int, ...])
     """
     choice = infer_loss(target, outputs)
     if choice.loss == "mse":
-        return KerasDefaults(loss="mean_squared_error", optimizer="adam", metrics=["mae"], why=choice.why)
+        return KerasDefaults(loss="mean_squared_error", metrics=["mae"], why=choice.why)
     from_logits = activation not in ("softmax", "sigmoid")
     why = f"{choice.why}; the last activation is {activation}"
     metrics: list[Any] = ["accuracy"]
@@ -251,7 +262,7 @@ def infer(activation: str | None, target: TargetFacts, outputs: tuple[int, ...])
         loss = keras.losses.CategoricalCrossentropy(from_logits=from_logits)
     else:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
-    return KerasDefaults(loss=loss, optimizer="adam", metrics=metrics, why=why)
+    return KerasDefaults(loss=loss, metrics=metrics, why=why)
 
 
 def last_activation(model: KerasModel) -> str | None:
@@ -284,8 +295,11 @@ def compile_model(model: KerasModel, *, loss: Any = None, optimizer: Any = None,
 
     loss, optimizer, metrics: as `keras.Model.compile` takes them. Raises ConfigError.
     """
-    given = {"loss": loss, "optimizer": optimizer, "metrics": metrics}
-    options = {**_compiled(model), **{name: value for name, value in given.items() if value is not None}}
+    options = {"loss": loss, "optimizer": optimizer, "metrics": metrics}
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return
+    options = {**_compiled(model), **given}
     if loss is not None:
         options.pop("loss_weights", None)
     try:
@@ -341,173 +355,3 @@ def _weight(outputs: Any, count: int) -> float:
     """Return what Keras divides the loss of a microbatch by: its samples, or the steps that its mask lets through."""
     mask = getattr(outputs, "_keras_mask", None)
     return float(count if mask is None else mask.sum())
-
-
-# --- the optimizer ---------------------------------------------------------------------------------------------------
-
-
-class KerasOptimizer:
-    """A Keras optimizer that the loop drives like a torch optimizer."""
-
-    def __init__(self, model: KerasModel, optimizer: Any = None) -> None:
-        """optimizer: a word or a Keras optimizer; None: what the model was compiled with. Raises ConfigError."""
-        try:
-            with model.scope():
-                chosen = keras.optimizers.get(optimizer or model.keras_model.optimizer)
-        except ValueError as error:
-            raise ConfigError(f"optimizer={optimizer!r} is not known to Keras: {error}") from error
-        self.keras_optimizer, self._model = chosen, model
-        self._variables = model.keras_model.trainable_variables
-        chosen.loss_scale_factor = None  # gradients arrive unscaled
-        if not chosen.built:
-            with model.scope():
-                chosen.build(self._variables)
-
-    def step(self) -> None:
-        """Update the parameters with their gradients; those without one stay as they are."""
-        gradients = [v.value.grad for v in self._variables]
-        with self._model.scope(), torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Gradients do not exist for variables")
-            self.keras_optimizer.apply(gradients, self._variables)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, or set them to zero."""
-        for variable in self._variables:
-            if set_to_none:
-                variable.value.grad = None
-            elif variable.value.grad is not None:
-                variable.value.grad.zero_()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """One group, for a look at the learning rate; a change of it has no effect. Keras' schedules set the rate."""
-        with self._model.scope(), torch.no_grad():
-            rate = float(keras.ops.convert_to_numpy(self.keras_optimizer.learning_rate))
-        return [{"params": [v.value for v in self._variables], "lr": rate}]
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Name the live tensors of the optimizer by position, the step counter among them."""
-        return {
-            f"{i:04d}:{re.sub(r'_[0-9]+(?=[_/]|$)', '', v.path)}": v.value.detach()
-            for i, v in enumerate(self.keras_optimizer.variables)
-        }
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy a state of the same optimizer, by position. Raises CheckpointError when it is another one's."""
-        own = self.state_dict()
-        shapes, found = ([tuple(t.shape) for t in tensors.values()] for tensors in (own, state))
-        if shapes != found:
-            raise CheckpointError(
-                f"the saved state of the optimizer has {len(found)} tensors that do not fit the {len(shapes)} of "
-                f"{type(self.keras_optimizer).__name__}. Use the optimizer that the run was started with."
-            )
-        for mine, saved in zip(own.values(), state.values()):
-            mine.copy_(saved)
-
-    def finalize(self) -> None:
-        """Put averaged weights in place at the end of training, where the optimizer keeps them (`use_ema=True`)."""
-        with self._model.scope(), torch.no_grad():
-            self.keras_optimizer.finalize_variable_values(self._variables)
-
-
-# --- the metrics -----------------------------------------------------------------------------------------------------
-
-
-class KerasMetrics:
-    """The metrics that a model was compiled with, as sums that add up over workers."""
-
-    def __init__(self, model: KerasModel) -> None:
-        self._model = model
-        # Any: Keras' own class for the metrics of compile() is not public.
-        self._metrics: Any = next((m for m in model.keras_model.metrics if m.name == "compile_metrics"), None)
-        self._is_checked = False
-
-    def update(self, outputs: Any, target: Any) -> None:
-        """Count a microbatch. Raises ConfigError for a metric that does not add up over microbatches."""
-        if self._metrics is None:
-            return
-        with self._model.scope(), torch.no_grad():
-            if not self._is_checked and len(keras.tree.flatten(target)[0]) > 1:
-                self._check(outputs, target)
-            self._metrics.update_state(target, outputs)
-
-    def prime(self, outputs: Any, target: Any) -> None:
-        """Learn the shapes from a microbatch without counting it; a worker that counted none needs it for `vector`."""
-        if self._metrics is not None and not self._metrics.built:
-            self.update(outputs, target)
-            self.reset()
-
-    def vector(self) -> torch.Tensor:
-        """Return all counts, float64 on the CPU; the sum of these over the workers goes to `result`."""
-        return _flat(self._variables())
-
-    def result(self, counts: torch.Tensor) -> dict[str, float]:
-        """Return the metrics by name from summed counts, and start anew."""
-        if self._metrics is None or not self._metrics.built:
-            return {}
-        with self._model.scope(), torch.no_grad():
-            self._assign(counts)
-            values = {name: keras.ops.convert_to_numpy(v) for name, v in self._metrics.result().items()}
-        self.reset()
-        return _scalars(values)
-
-    def reset(self) -> None:
-        """Forget all counts."""
-        if self._metrics is not None:
-            with self._model.scope():
-                self._metrics.reset_state()
-
-    def _variables(self) -> list[Any]:
-        return self._metrics.variables if self._metrics is not None else []
-
-    def _assign(self, counts: torch.Tensor) -> None:
-        variables = self._variables()
-        for variable, part in zip(variables, counts.split([v.value.numel() for v in variables])):
-            variable.value.copy_(part.view(variable.value.shape))
-
-    def _check(self, outputs: Any, target: Any) -> None:
-        """Refuse metrics whose counts over two halves do not add up to those over the whole."""
-        kept = self.vector()
-        middle = len(keras.tree.flatten(target)[0]) // 2
-        first = self._counts_over(slice(0, middle), outputs, target)
-        second = self._counts_over(slice(middle, None), outputs, target)
-        whole = self._counts_over(slice(None), outputs, target)
-        self.reset()
-        start = self._counts()
-        for name, parts in start.items():
-            if parts.any() or not torch.allclose(first[name] + second[name], whole[name], rtol=1e-3, atol=1e-3):
-                raise ConfigError(
-                    f"metric {name!r} does not add up over microbatches and workers. "
-                    "Use one whose variables are sums over samples, such as keras.metrics.Mean."
-                )
-        if len(kept):
-            self._assign(kept)
-        self._is_checked = True
-
-    def _counts_over(self, part: slice, outputs: Any, target: Any) -> dict[str, torch.Tensor]:
-        self.reset()
-        sides = [keras.tree.map_structure(lambda tensor: tensor[part], side) for side in (target, outputs)]
-        self._metrics.update_state(*sides)
-        return self._counts()
-
-    def _counts(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{metric.name} ({type(metric).__name__}, {place})": _flat(metric.variables)
-            for place, metric in enumerate(self._metrics.metrics)
-        }
-
-
-def _flat(variables: Sequence[Any]) -> torch.Tensor:
-    parts = [v.value.detach().reshape(-1).double().cpu() for v in variables]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-
-
-def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Name each element of a metric that has several (F1 of each class)."""
-    found: dict[str, float] = {}
-    for name, value in values.items():
-        if value.ndim == 0:
-            found[name] = float(value)
-        else:
-            found.update({f"{name}_{i}": float(v) for i, v in enumerate(value.reshape(-1))})
-    return found

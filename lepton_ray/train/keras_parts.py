@@ -5,56 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from lepton_ray.data.batch import split_target
-from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import ConfigError
 from lepton_ray.train import keras
 from lepton_ray.train.evaluate import Counts
+from lepton_ray.train.keras_metrics import KerasMetrics
+from lepton_ray.train.keras_optimizer import KerasOptimizer
+from lepton_ray.train.keras_pack import NO_SCHEDULER, NO_STEP_FN, Portable
 from lepton_ray.train.objective import Objective
 from lepton_ray.train.optimizers import Optimizers, make_optimizer
 from lepton_ray.train.spec import Code
-from lepton_ray.train.words import target_facts
-
-LOOKED_AT = 256
-"""Samples whose targets are looked at to infer a loss."""
 
 
 def keras_pieces(
-    model: keras.KerasModel, code: Code, source: Source | Stream | None, note: Callable[[str], None]
+    model: keras.KerasModel, code: Code, note: Callable[[str], None]
 ) -> tuple[Objective, Counts, Optimizers]:
     """Compile the model with all that is known; return its objective, metrics and optimizers.
 
     Raises ConfigError.
     """
-    known = keras.defaults(model)
-    loss, metrics = code.loss, code.metrics
-    if loss is None and known.loss is None and not keras.has_own_loss(model):
-        found = _infer(model, source)
-        loss, metrics = found.loss, metrics or found.metrics
-        note(f"Keras loss {getattr(loss, 'name', loss)}: {found.why} (compile() the model or set loss= to choose)")
-    word = code.optimizer if code.optimizer is not None or known.optimizer is not None else "adam"
-    is_own = word is None or isinstance(word, str)
-    keras.compile_model(model, loss=loss, metrics=metrics, optimizer=word if is_own else None)
+    if code.step_fn is not None:
+        raise ConfigError(NO_STEP_FN)
+    is_own = code.optimizer is None or isinstance(code.optimizer, (str, Portable))
+    chosen = keras.prepare(
+        model, code.target, loss=code.loss, optimizer=code.optimizer if is_own else None, metrics=code.metrics
+    )
+    if code.loss is None:
+        name = getattr(chosen.loss, "name", chosen.loss)
+        note(f"Keras loss{'' if name is None else f' {name}'}: {chosen.why} (set loss= to choose)")
     if not is_own:
-        optimizers = make_optimizer(word, model)
+        optimizers = make_optimizer(code.optimizer, model)
     elif code.scheduler is not None:
-        raise ConfigError(
-            "scheduler= drives torch optimizers. Give the Keras optimizer a keras.optimizers.schedules schedule in "
-            "compile(), or pass optimizer= a torch.optim class."
-        )
+        raise ConfigError(NO_SCHEDULER)
     else:
-        named: dict[str, Any] = {"optimizer": keras.KerasOptimizer(model)}
+        named: dict[str, Any] = {"optimizer": KerasOptimizer(model)}
         optimizers = Optimizers(named=named, shape=lambda parts: parts["optimizer"])
-    return keras.keras_objective(model), keras.KerasMetrics(model), optimizers
-
-
-def _infer(model: keras.KerasModel, source: Source | Stream | None) -> keras.KerasDefaults:
-    if not isinstance(source, Source):
-        raise ConfigError("no loss follows from a stream, which shows no sample before it is read. Pass loss=.")
-    target = split_target(source.fetch(np.arange(min(LOOKED_AT, len(source)))))[1]
-    outputs = model.keras_model.output_shape
-    if not isinstance(outputs, tuple) or target is None:
-        raise ConfigError("no loss follows from several outputs or without a target. compile() the model with a loss.")
-    return keras.infer(keras.last_activation(model), target_facts(target), (len(target), *outputs[1:]))
+    return keras.keras_objective(model), KerasMetrics(model), optimizers

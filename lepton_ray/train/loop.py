@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,8 @@ from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import RunFailed
 from lepton_ray.plan.batch import own
 from lepton_ray.storage import Folder
-from lepton_ray.train import checkpoint
 from lepton_ray.train.checkpoint import Checkpointer
+from lepton_ray.train.checkpoint_format import load, newest
 from lepton_ray.train.evaluate import evaluate
 from lepton_ray.train.parts import Parts
 from lepton_ray.train.peers import Peers
@@ -33,6 +34,8 @@ from lepton_ray.train.weights import write_weights
 Report = Callable[..., None]
 """(event name, **fields): hand a record to the journal; returns at once."""
 
+WRITE_OUT_S = 8.0
+"""How long a run that failed waits for a checkpoint that is being written."""
 SPEED_WINDOW_S = 2.0
 """Samples per second are measured over at least so long, or since the last record that carried them."""
 
@@ -83,11 +86,15 @@ class Loop:
         test_source: Source | Stream | None,
         peers: Peers,
         report: Report,
+        record: Callable[[int], None],
         wish: Callable[[], bool],
     ) -> None:
-        """wish: whether somebody asked this worker to stop; read at every ballot."""
+        """record: returns when what all workers reported of the steps before one is on record for good.
+
+        wish: whether somebody asked this worker to stop; read at every ballot.
+        """
         self._spec, self._parts, self._peers = spec, parts, peers
-        self._test_source, self._report, self._wish = test_source, report, wish
+        self._test_source, self._report, self._record_to, self._wish = test_source, report, record, wish
         self._feed, self._stepper = feed, parts.stepper
         self._owned = own(spec.batch.microbatches or peers.world, [1.0] * peers.world)[peers.rank]
         self._folder = Folder(spec.run_url)
@@ -104,14 +111,26 @@ class Loop:
         self._validated_step = -1
         self._saved: deque[dict[str, Any]] = deque()
         self._stop_reason: str | None = None
+        """Why a callback wishes to stop."""
+        self._has_stopped = False
+        """An earlier life of the run agreed to that wish, and died before it had ended."""
         self._view = RunView(name=spec.name, path=spec.run_url, stop=self._ask_to_stop)
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the end or to an agreed stop."""
+        try:
+            self._train()
+        except BaseException:
+            if self._checkpointer is not None:
+                with suppress(Exception):  # the first error is the one to tell
+                    self._checkpointer.close(WRITE_OUT_S)
+            raise
+
+    def _train(self) -> None:
         self._resume()
         self._parts.model.train(True)
         total = self._total_steps()
-        stop = False
+        stop = self._has_stopped
         while not stop and (total is None or self.step < total) and not self._is_over():
             stop = self._one_step()
         self._settle()
@@ -149,7 +168,7 @@ class Loop:
         every = self._spec.checkpoints.every_steps
         if self._is_due(every) or (every is None and plan.is_epoch_end):
             self._settle()
-            self._save()
+            self._save(stop)
         return stop
 
     def _is_due(self, every: int | None) -> bool:
@@ -246,8 +265,12 @@ class Loop:
         if kind == "checkpoint_saved":
             self._saved.append(fields)
 
-    def _save(self) -> None:
-        """Stage the state after a settled step; it is written in the background."""
+    def _save(self, stop: bool = False) -> None:
+        """Stage the state after a settled step; it is written in the background.
+
+        It counts as saved when the work that made it is on record: the receipt must survive whatever the model does.
+        stop: the workers agreed to stop here.
+        """
         if self._checkpointer is None or self._saved_step == self.step:
             return
         tensors, state = self._parts.state()
@@ -256,14 +279,17 @@ class Loop:
             "epoch_sums": [self._sums.loss_sum, self._sums.weight],
             "metrics": self._metrics,
             "callbacks": [callback.state_dict() for callback in self._parts.callbacks],
+            "stop_reason": self._stop_reason,
+            "has_stopped": stop and self._stop_reason is not None,
         }
-        self._checkpointer.stage(self.step, tensors, state)
-        self._checkpointer.commit(self.step)
-        self._saved_step = self.step
+        step = self.step
+        self._checkpointer.stage(step, tensors, state)
+        self._checkpointer.commit(step, after=lambda: self._record_to(step))
+        self._saved_step = step
 
     def _resume(self) -> None:
         """Load the newest valid checkpoint, the one that rank 0 chooses; without one, agree on the first weights."""
-        found, problems = checkpoint.newest(self._folder.sub("checkpoints")) if self._is_first else (None, [])
+        found, problems = newest(self._folder.sub("checkpoints")) if self._is_first else (None, [])
         step = int(vote(self._peers, [found.step + 1 if found else 0])[0]) - 1
         for problem in problems:
             self._report("checkpoint_refused", reason=problem)
@@ -272,14 +298,16 @@ class Loop:
                 shared = tensor.contiguous()
                 self._peers.broadcast(shared)
                 tensor.copy_(shared)
-            self._report("started", step=0)
+            if self._is_first:
+                self._report("started", step=0)
             self._save()
             return
-        tensors, state = checkpoint.load(self._folder.sub("checkpoints"), step)
+        tensors, state = load(self._folder.sub("checkpoints"), step)
         self._parts.load(tensors, state)
         self.step, self._epoch, self._metrics = step, state["epoch"], state["metrics"]
         self._sums = _Epoch(*state["epoch_sums"])
         self._saved_step = step
+        self._stop_reason, self._has_stopped = state["stop_reason"], state["has_stopped"]
         for callback, saved in zip(self._parts.callbacks, state["callbacks"]):
             callback.load_state_dict(saved)
         self._feed.seek(step)

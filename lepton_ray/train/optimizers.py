@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,9 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lepton_ray.errors import ConfigError
+from lepton_ray.errors import CheckpointError, ConfigError
 from lepton_ray.train.model import Model
+from lepton_ray.train.tree import flatten
 from lepton_ray.train.words import OPTIMIZERS, PerEpoch, check_optimizer, check_scheduler
 
 # --- making optimizers -----------------------------------------------------------------------------------------------
@@ -202,14 +202,14 @@ class Schedulers:
         """Return the learning rate of the first parameter group."""
         return float(self._rated.param_groups[0]["lr"])
 
-    def state_dict(self) -> list[Any]:
-        """Return the state as JSON values. The rates themselves are in the optimizer's state."""
-        return [_plain(scheduler.state_dict(), type(scheduler).__name__) for scheduler in self._all]
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return torch's own states. The rates themselves are in the optimizer's state."""
+        return [scheduler.state_dict() for scheduler in self._all]
 
-    def load_state_dict(self, state: list[Any]) -> None:
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Take over a state; the optimizer's own state must be loaded as well."""
         for scheduler, saved in zip(self._all, state):
-            scheduler.load_state_dict(_restored(saved))
+            scheduler.load_state_dict(saved)
 
 
 def make_scheduler(spec: Any, optimizers: Optimizers) -> Schedulers:
@@ -235,46 +235,9 @@ def make_scheduler(spec: Any, optimizers: Optimizers) -> Schedulers:
             f"scheduler: the callable returned {', '.join(wrong)}; expected a torch.optim.lr_scheduler.LRScheduler, "
             "or a list or dict of them."
         )
-    built = Schedulers(schedulers, first, is_per_epoch)
-    built.state_dict()  # what cannot be saved is refused now, not at the first checkpoint
-    return built
-
-
-_TAG = "__type__"
-
-
-def _plain(value: Any, owner: str) -> Any:
-    """Rewrite a scheduler's state as JSON values; what JSON has no word for gets a tag."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, list):
-        return [_plain(item, owner) for item in value]
-    if isinstance(value, tuple):
-        return {_TAG: "tuple", "items": [_plain(item, owner) for item in value]}
-    if isinstance(value, dict):
-        if type(value) is dict and all(isinstance(key, str) and key != _TAG for key in value):
-            return {key: _plain(item, owner) for key, item in value.items()}
-        tag = "counter" if isinstance(value, Counter) else "dict"
-        return {_TAG: tag, "items": [[_plain(key, owner), _plain(item, owner)] for key, item in value.items()]}
-    if isinstance(value, torch.Tensor):
-        return {_TAG: "tensor", "dtype": str(value.dtype).removeprefix("torch."), "items": value.tolist()}
-    raise ConfigError(
-        f"scheduler: the state of {owner} holds a {type(value).__name__}, which cannot be written as JSON. "
-        "Give the class state_dict() and load_state_dict() of numbers, strings, lists and dicts."
-    )
-
-
-def _restored(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_restored(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    tag = value.get(_TAG)
-    if tag is None:
-        return {key: _restored(item) for key, item in value.items()}
-    if tag == "tensor":
-        return torch.tensor(value["items"], dtype=getattr(torch, value["dtype"]))
-    items = _restored(value["items"])
-    if tag == "tuple":
-        return tuple(items)
-    return Counter(dict(items)) if tag == "counter" else dict(items)
+    for scheduler in schedulers:
+        try:  # what cannot be saved is refused now, not at the first checkpoint
+            flatten(scheduler.state_dict(), type(scheduler).__name__, {})
+        except CheckpointError as error:
+            raise ConfigError(f"scheduler: {error} Or give the class a state_dict() without it.") from error
+    return Schedulers(schedulers, first, is_per_epoch)

@@ -11,7 +11,6 @@ import torch
 
 from lepton_ray.callbacks import Callback
 from lepton_ray.data.feed import Feed, StreamFeed
-from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.batch import seed_of
 from lepton_ray.train.blueprint import build
@@ -88,27 +87,30 @@ def load_weights(model: Model, tensors: Mapping[str, torch.Tensor]) -> None:
 def make_parts(
     spec: TrainSpec,
     feed: Feed | StreamFeed | None,
-    source: Source | Stream | None,
     peers: Peers,
     device: torch.device,
     note: Callable[[str], None],
 ) -> Parts:
     """Build everything.
 
-    feed: None for a job that does not train. source: where a Keras model that was not compiled looks for what its
-    targets are. note: told what was inferred.
+    feed: None for a job that does not train. note: told what was inferred.
     Raises ConfigError.
     """
     code: Code = pickle.loads(spec.code)  # made by this package in the user's own driver
     model = build(spec.blueprint, device, seed_of(spec.seed))
     if isinstance(model, TorchModel):
-        judge = make_objective(code.loss)
-        counts: Counts = Sums(make_metrics(code.metrics, code.loss))
-        optimizers = make_optimizer(code.optimizer, model)
+        loss, metrics = code.loss, code.metrics
+        if code.inferred is not None:
+            loss, metrics = code.inferred.loss, code.inferred.metrics if metrics is None else metrics
+            if spec.blueprint.kind == "factory":
+                note(code.inferred.note)
+        judge = make_objective(loss)
+        counts: Counts = Sums(make_metrics(metrics, loss))
+        optimizers = make_optimizer("adam" if code.optimizer is None else code.optimizer, model)
     else:
         from lepton_ray.train.keras_parts import keras_pieces  # imports keras, which only these models need
 
-        judge, counts, optimizers = keras_pieces(cast("KerasModel", model), code, source, note)
+        judge, counts, optimizers = keras_pieces(cast("KerasModel", model), code, note)
     schedulers = make_scheduler(code.scheduler, optimizers)
     common: dict[str, Any] = {"model": model, "feed": feed, "peers": peers, "device": device, "seed": spec.seed}
     stepper: Stepper | FreeStepper

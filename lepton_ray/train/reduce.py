@@ -53,6 +53,11 @@ class Reducer:
             for index, p in enumerate(self._parameters)
         ]
 
+    @property
+    def size(self) -> int:
+        """Count the parameters."""
+        return len(self._parameters)
+
     def begin(self) -> None:
         """Start a step with gradients of zero."""
         for bucket in self.buckets:
@@ -88,6 +93,13 @@ class Reducer:
         """Take the gradient from the flagged parameters, so that the optimizer skips them, as torch does."""
         for index in torch.nonzero(unused).flatten().tolist():
             self._parameters[index].grad = None
+
+    def reclaim(self) -> None:
+        """Take gradients that user code put in the place of ours back into the buckets, as `module.zero_grad` does."""
+        for p, view in zip(self._parameters, self._views):
+            if p.grad is not view:
+                view.zero_() if p.grad is None else view.copy_(p.grad.detach())
+                p.grad = view
 
     def scale(self, factor: float) -> None:
         """Multiply all gradients."""

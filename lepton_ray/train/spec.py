@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lepton_ray.config import Batch, Checkpoints
 from lepton_ray.train.blueprint import Blueprint
+from lepton_ray.train.words import Inferred, TargetFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,10 @@ class Code:
     metrics: Any = None
     step_fn: Any = None
     callbacks: Sequence[Any] = ()
+    inferred: Inferred | None = None
+    """Loss and metrics of a torch model that came without a loss."""
+    target: TargetFacts | None = None
+    """What the targets look like, from which the loss of a Keras model follows that came without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
+from torch import Tensor
 
 from lepton_ray.storage import Folder
+from lepton_ray.train.checkpoint_format import file_pieces, plan_file
 
 NAME = "model.safetensors"
 
 
-def write_weights(folder: Folder, state: Mapping[str, torch.Tensor]) -> None:
-    """Write the tensors of a model, by name."""
-    # Copies: safetensors refuses tensors that are views of one memory, as folded buffers are.
-    folder.write(NAME, save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}))
+def write_weights(folder: Folder, state: Mapping[str, Tensor]) -> None:
+    """Write the tensors of a model, by name, one after the other from where they lie.
+
+    Tensors may share memory, as folded buffers do. Raises CheckpointError for a type that the format does not have.
+    """
+    plan = plan_file(state)
+    with folder.open(NAME, "wb") as file:
+        for piece in file_pieces(plan.head, (state[span.name] for span in plan.spans)):
+            file.write(piece)
 
 
-def read_weights(folder: Folder) -> dict[str, torch.Tensor]:
+def read_weights(folder: Folder) -> dict[str, Tensor]:
     """Read what `write_weights` wrote."""
     return load(folder.read(NAME))

@@ -175,6 +175,12 @@ class Inferred:
     metrics: tuple[str, ...]
     why: str
 
+    @property
+    def note(self) -> str:
+        """What to tell the user of it."""
+        metrics = f", metrics {', '.join(self.metrics)}" if self.metrics else ""
+        return f"loss {self.loss or 'from the model'}{metrics}: {self.why} (set loss= and metrics= to choose)"
+
 
 def target_facts(target: Any) -> TargetFacts:
     """Describe a target: a numpy array, a tensor on the CPU, or anything that numpy reads."""

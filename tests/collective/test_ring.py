@@ -313,14 +313,14 @@ def test_a_formation_that_waits_can_be_aborted() -> None:
     assert "rank 1 died" in str(errors[0])
 
 
-def test_a_new_group_forms_after_a_failure_and_nothing_leaks() -> None:
+def _churn(pipe: Connection) -> None:
+    """Form and end groups; report open descriptors and threads before and after."""
+
     def count() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
-    with group(2):
-        before = count()
-    before = count()
-    for index in range(50):
+    counts = []
+    for index in range(51):
         with group(2) as rings:
             if index % 2:
                 rings[0].abort()
@@ -328,7 +328,20 @@ def test_a_new_group_forms_after_a_failure_and_nothing_leaks() -> None:
                 value = np.ones((2, 3))
                 play(rings, lambda ring, value=value: ring.allreduce(value[ring.rank]))
                 assert (value == 2).all()
-    assert count() == before
+        counts.append(count())
+    pipe.send((counts[0], counts[-1]))
+
+
+def test_a_new_group_forms_after_a_failure_and_nothing_leaks() -> None:
+    """In a process of its own, where nobody else opens anything."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_churn, args=(theirs,), daemon=True)
+    process.start()
+    assert ours.poll(30)
+    before, after = ours.recv()
+    process.join()
+    assert before == after
 
 
 def test_importing_the_package_loads_neither_ray_nor_torch() -> None:

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from lepton_ray.plan.membership import (
     CAUSE_GRACE_S,
+    LAST_WORDS_S,
     STOP_GRACE_S,
     Ask,
     Broke,
@@ -109,11 +110,21 @@ def test_any_events_in_any_order_are_defined_and_end_a_run_once(
 @pytest.mark.parametrize("event", [Broke(CAUSE), StopAsked("Ctrl-C"), Refused("no room")])
 def test_trouble_ends_a_run_from_every_phase(phase: Phase, event: Event) -> None:
     run, _ = play(*REACH[phase], event)
-    if run.phase is Phase.STOPPING:  # the workers may take a moment for the last checkpoint
+    if phase in (Phase.TRAINING, Phase.STOPPING):  # the workers may take a moment to write down what they hold
         run, _ = advance(run, Tick(), STOP_GRACE_S)
     assert run.phase is Phase.ENDED
-    expected = Outcome.CANCELLED if isinstance(event, StopAsked) else Outcome.FAILED
-    assert run.outcome is expected
+    stops = isinstance(event, StopAsked)
+    assert run.outcome is (Outcome.CANCELLED if stops else Outcome.FAILED)
+    assert stops or run.failure in (CAUSE, Failure(message="no room"))
+
+
+@pytest.mark.parametrize("last", [Ready(0, Phase.TRAINING), Broke(ECHO), Broke(replace(CAUSE, rank=0, message="mine"))])
+def test_a_failed_training_ends_with_its_first_cause_when_all_have_answered(last: Event) -> None:
+    run, commands = play(*TRAINING, Broke(CAUSE))
+    assert commands == []
+    assert advance(run, Tick(), LAST_WORDS_S - 0.1) == (run, [])
+    assert advance(run, last, 1)[1] == [End(Outcome.FAILED, CAUSE)]
+    assert advance(run, Tick(), LAST_WORDS_S)[1] == [End(Outcome.FAILED, CAUSE)]
 
 
 @pytest.mark.parametrize(
@@ -152,12 +163,10 @@ def test_an_echo_waits_for_its_cause(phase: Phase) -> None:
     run, commands = play(*REACH[phase], Broke(ECHO))
     assert commands == []
     assert advance(run, Tick(), CAUSE_GRACE_S - 0.1)[1] == []
-    assert advance(run, Broke(CAUSE), 1)[1][0] == End(
-        Outcome.FAILED, CAUSE, "Ctrl-C" if phase is Phase.STOPPING else None
-    )
-    late, (end,) = advance(run, Tick(), CAUSE_GRACE_S)
-    assert isinstance(end, End)
-    assert end.failure == ECHO
+    reason = "Ctrl-C" if phase is Phase.STOPPING else None
+    assert advance(run, Broke(CAUSE), 1)[1] == [End(Outcome.FAILED, CAUSE, reason)]
+    late, commands = advance(run, Tick(), CAUSE_GRACE_S)
+    assert commands == [End(Outcome.FAILED, ECHO, reason)]
     assert advance(late, Broke(CAUSE), CAUSE_GRACE_S) == (late, [])
 
 

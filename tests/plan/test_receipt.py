@@ -37,8 +37,8 @@ def runs(draw: st.DrawFn) -> tuple[list[Record], int, int]:
         for part in own(microbatches, [1.0] * draw(st.integers(1, microbatches))):
             rows = [[step, part.start, sizes[step][part.start : part.stop]] for step in range(start, stop)]
             cuts = draw(st.integers(0, len(rows)))
-            for some in (rows[:cuts], rows[cuts:]):
-                records.append({"event": "work", "generation": generation, "rows": some})
+            work = {"event": "work", "generation": generation}
+            records += [{**work, "rows": rows[:cuts]}, {**work, "rows": rows[cuts:]}]
     trained = {"event": "trained", "generation": len(generations), "step": steps, "sha256": "d", "metrics": {}}
     return [*records, trained], steps, sum(map(sum, sizes))
 

@@ -160,37 +160,11 @@ def test_factory_that_makes_no_model_is_named():
         blueprint.build(packed, CPU, seed=0)
 
 
-def closing_over(lock):
-    def loss(outputs, target):
-        with lock:
-            return (outputs - target).square().mean()
-
-    return loss
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (closing_over(threading.Lock()), r"loss: its variable lock \(a _thread\.lock\) cannot be sent"),
-        (functools.partial(max, key=threading.Lock()), r"loss\(key\) \(a _thread\.lock\)"),
-        ([1, {"a": (2, threading.Lock())}], r"loss\[1\]\['a'\]\[1\] \(a _thread\.lock\)"),
-    ],
-)
-def test_what_cannot_be_pickled_is_named(value, message):
-    with pytest.raises(ConfigError, match=message):
-        blueprint.dumps(value, "loss")
-
-
 def test_culprit_is_found_through_references_to_parents():
     model = with_attribute("lock", threading.Lock())
     model.encoder.parent = [model]
     with pytest.raises(ConfigError, match=r"model\.encoder\.lock"):
         blueprint.pack(model)
-
-
-def test_functions_travel_by_value():
-    factor = 3
-    assert pickle.loads(blueprint.dumps(lambda x: factor * x, "loss"))(2) == 6
 
 
 def test_trained_weights_come_back_into_the_same_object():

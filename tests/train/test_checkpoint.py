@@ -22,18 +22,9 @@ from hypothesis import strategies as st
 
 from lepton_ray.errors import CheckpointError, WaitTimeout
 from lepton_ray.storage import Folder
-from lepton_ray.train import checkpoint
-from lepton_ray.train.checkpoint import (
-    Checkpointer,
-    flatten,
-    flatten_optimizer,
-    load,
-    newest,
-    unflatten,
-    unflatten_optimizer,
-)
-
-DTYPES = sorted(checkpoint._DTYPES.values(), key=str)
+from lepton_ray.train.checkpoint import Checkpointer
+from lepton_ray.train.checkpoint_format import DTYPES, load, newest
+from lepton_ray.train.tree import flatten, unflatten
 
 
 @pytest.fixture(params=["disk", "url"])
@@ -97,7 +88,9 @@ def flip(path, at):
 def test_tensors_of_every_type_and_shape_come_back(tmp_path_factory, data):
     folder = Folder(str(tmp_path_factory.mktemp("c")))
     shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
-    wanted = data.draw(st.dictionaries(st.text(max_size=5), st.tuples(st.sampled_from(DTYPES), shapes), max_size=6))
+    wanted = data.draw(
+        st.dictionaries(st.text(max_size=5), st.tuples(st.sampled_from(list(DTYPES.values())), shapes), max_size=6)
+    )
     tensors = {}
     for name, (dtype, shape) in wanted.items():
         bits = torch.randint(0, 2 if dtype == torch.bool else 256, (*shape, dtype.itemsize), dtype=torch.uint8)
@@ -176,8 +169,9 @@ def test_optimizers_come_back(make):
     for _ in range(2):
         optimizer.step(closure)
     before = optimizer.state_dict()
-    tensors, told = flatten_optimizer(before)
-    after = unflatten_optimizer(tensors, json.loads(json.dumps(told)))
+    tensors = {}
+    told = flatten(before, "optimizer", tensors)
+    after = unflatten(json.loads(json.dumps(told)), tensors.__getitem__)
     assert equal(after, before)
     make(parameters).load_state_dict(after)
 
@@ -192,7 +186,7 @@ def test_schedulers_come_back_with_their_counters():
 
 def test_what_cannot_be_kept_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"optimizer/state/0/hook is a .*function"):
-        flatten_optimizer({"state": {0: {"hook": lambda: 0}}})
+        flatten({"state": {0: {"hook": lambda: 0}}}, "optimizer", {})
     saver = Checkpointer(Folder(str(tmp_path)), keep=1)
     with pytest.raises(CheckpointError, match=r"state/callbacks/0 is a builtins.set"):
         saver.stage(1, {}, {"callbacks": [{1}]})
@@ -447,7 +441,8 @@ def test_a_pickle_is_never_executed(tmp_path):
 SAVE_FOR_EVER = """
 import sys, torch
 from lepton_ray.storage import Folder
-from lepton_ray.train.checkpoint import Checkpointer, newest
+from lepton_ray.train.checkpoint import Checkpointer
+from lepton_ray.train.checkpoint_format import newest
 folder = Folder(sys.argv[1])
 last, complaints = newest(folder)
 assert not complaints, complaints

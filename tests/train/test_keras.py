@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lepton_ray.errors import CheckpointError, ConfigError
-from lepton_ray.train import blueprint
+from lepton_ray.train import blueprint, keras_pack
 from lepton_ray.train.buffers import BufferFold
 from lepton_ray.train.words import target_facts
 
@@ -22,7 +22,9 @@ with pytest.MonkeyPatch.context() as environment:
     import keras
 
     from lepton_ray.train import keras as worker
-    from lepton_ray.train.keras import KerasMetrics, KerasModel, KerasOptimizer, keras_objective
+    from lepton_ray.train.keras import KerasModel, keras_objective
+    from lepton_ray.train.keras_metrics import KerasMetrics
+    from lepton_ray.train.keras_optimizer import KerasOptimizer
 
 layers = keras.layers
 CPU = torch.device("cpu")
@@ -374,6 +376,18 @@ def test_factory_may_make_a_keras_model():
     assert distance(first.state(), second.state()) == 0
 
 
+def test_factory_makes_the_same_names_in_every_job_of_a_process():
+    def make():
+        model = cnn()
+        model.compile("sgd", "mse", metrics=[keras.metrics.AUC()])
+        return model
+
+    packed = blueprint.pack(make)
+    for _ in range(2):
+        model = blueprint.build(packed, CPU, 1).user_module
+        assert (model.layers[0].name, model._compile_config.config["metrics"][0].name) == ("conv2d", "auc")
+
+
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
@@ -466,7 +480,7 @@ def test_last_activation_is_found_in_the_layers():
 
 def test_model_that_was_not_compiled_is_prepared_from_a_batch():
     model = KerasModel(keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(4)]), CPU)
-    chosen = worker.prepare(model, batch_of(slice(0, 8)))
+    chosen = worker.prepare(model, target_facts(LABELS))
     assert "class index; the last activation is linear" in chosen.why
     objective, everything = keras_objective(model), batch_of(slice(0, 24))
     before = float(objective(model, everything).loss_sum.detach())
@@ -478,14 +492,59 @@ def test_model_that_was_not_compiled_is_prepared_from_a_batch():
 
 
 def test_what_the_trainer_was_given_comes_before_compile_and_that_before_inference():
-    compiled = worker.prepare(KerasModel(cnn(), CPU), batch_of(slice(0, 8)), optimizer="adam")
+    compiled = worker.prepare(KerasModel(cnn(), CPU), None, optimizer="adam")
     assert (compiled.loss, type(compiled.optimizer).__name__) == ("sparse_categorical_crossentropy", "Adam")
-    given = worker.prepare(KerasModel(cnn(), CPU), batch_of(slice(0, 8)), loss="kld", metrics=["mse"])
+    given = worker.prepare(KerasModel(cnn(), CPU), None, loss="kld", metrics=["mse"])
     assert (given.loss, given.metrics, type(given.optimizer).__name__) == ("kld", ["mse"], "SGD")
     own = KerasModel(OwnLoss([keras.Input((3,)), layers.Dense(1)]), CPU)
-    assert "own compute_loss" in worker.prepare(own, (torch.ones(2, 3), torch.ones(2))).why
-    with pytest.raises(ConfigError, match="no single target tensor"):
-        worker.prepare(KerasModel(two_inputs(), CPU), {"x": torch.ones(2, 2), "y": {"a": torch.ones(2)}})
+    assert "own compute_loss" in worker.prepare(own, None).why
+    with pytest.raises(ConfigError, match="data shows no target"):
+        worker.prepare(KerasModel(two_inputs(), CPU), None)
+
+
+def test_loss_of_a_sequence_whose_length_is_open_follows_from_its_target():
+    model = KerasModel(keras.Sequential([keras.Input((None, 3)), layers.Dense(1), layers.Reshape((-1,))]), CPU)
+    assert worker.prepare(model, target_facts(np.zeros((5, 7), int))).loss.name == "binary_crossentropy"
+
+
+def test_objects_of_keras_travel_as_configs():
+    rate = keras.optimizers.schedules.ExponentialDecay(0.5, decay_steps=2, decay_rate=0.5)
+    sent = keras_pack.portable(
+        {
+            "loss": keras.losses.CategoricalCrossentropy(label_smoothing=0.25),
+            "optimizer": keras.optimizers.SGD(rate, momentum=0.5),
+            "metrics": ["accuracy", keras.metrics.AUC(num_thresholds=7, name="area")],
+        }
+    )
+    changed = keras_pack.portable(keras.optimizers.SGD(0.5, momentum=0.5))
+    assert str(sent["optimizer"]) == str(keras_pack.portable(keras.optimizers.SGD(rate, momentum=0.5)))
+    assert str(sent["optimizer"]) != str(changed)
+    chosen = worker.prepare(KerasModel(cnn(), CPU), None, **pickle.loads(pickle.dumps(sent)))
+    assert chosen.loss.get_config()["label_smoothing"] == 0.25
+    assert chosen.optimizer.momentum == 0.5
+    assert float(chosen.optimizer.learning_rate) == 0.5
+    assert (chosen.metrics[0], chosen.metrics[1].name, chosen.metrics[1].num_thresholds) == ("accuracy", "area", 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "cross_entropy"}, "loss='cross_entropy' is not known to Keras.*sparse_categorical_crossentropy"),
+        ({"loss": {"a": "mse", "b": "nonsense"}}, "loss='nonsense'"),
+        ({"metrics": ["accuracy", ["top5"]]}, "metrics='top5' is not known to Keras"),
+        ({"optimizer": "adamm"}, "optimizer='adamm' is not known to Keras"),
+        ({"optimizer": 3}, "optimizer=3: expected a word"),
+        ({"scheduler": len}, "scheduler= drives torch optimizers.*schedules.CosineDecay"),
+        ({"scheduler": len, "optimizer": keras.optimizers.SGD()}, "scheduler= drives torch optimizers"),
+        ({"scheduler": 3, "optimizer": torch.optim.SGD}, "scheduler=3: expected a callable"),
+        ({"step_fn": len}, "step_fn= needs a torch model"),
+    ],
+)
+def test_options_that_do_not_go_with_a_keras_model_are_refused(options, message):
+    everything = dict.fromkeys(("loss", "optimizer", "metrics", "scheduler", "step_fn"))
+    keras_pack.check_options(**everything)
+    with pytest.raises(ConfigError, match=message):
+        keras_pack.check_options(**{**everything, **options})
 
 
 # --- optimizer -------------------------------------------------------------------------------------------------------

@@ -161,6 +161,20 @@ def test_an_error_of_the_collective_reaches_the_training_thread() -> None:
     reducer.close()
 
 
+def test_gradients_that_user_code_replaced_are_taken_back() -> None:
+    model = Mixed()
+    reducer = Reducer(dict(model.named_parameters()), None)
+    run_step(reducer, model, [0])
+    model.zero_grad()  # sets the gradients to None, so that backward makes new tensors
+    model(microbatch(1), True).backward()
+    reducer.reclaim()
+    expected = plain_grads([1]) | {"unused": torch.zeros(3)}
+    assert_same({name: p.grad for name, p in model.named_parameters()}, expected)
+    reducer.scale(0.0)
+    assert all((p.grad == 0).all() for p in model.parameters())
+    reducer.close()
+
+
 def test_norm_and_scale_are_over_all_gradients() -> None:
     model = Mixed()
     reducer = Reducer(dict(model.named_parameters()), None)

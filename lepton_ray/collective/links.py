@@ -1,0 +1,197 @@
+"""Move bytes over the connections of a group: send, receive, and wait without missing anybody's death."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+from lepton_ray.errors import PeerLost, WaitTimeout
+
+# Socket buffers that keep a link busy while the other end reduces a piece. Set only where the kernel grants them:
+# asking for more than it grants leaves a small buffer and turns its own tuning off.
+_BUFFER_BYTES = 4 << 20
+
+
+class Link:
+    """The connection to one peer. Says in its errors which peer it was."""
+
+    __slots__ = ("descriptor", "peer", "socket")
+
+    def __init__(self, peer: int, connection: socket.socket) -> None:
+        self.peer, self.socket, self.descriptor = peer, connection, connection.fileno()
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option, limit in ((socket.SO_SNDBUF, "wmem_max"), (socket.SO_RCVBUF, "rmem_max")):
+            if _kernel_limit(limit) >= _BUFFER_BYTES:
+                connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        # Keepalive finds a peer whose machine went silent while nothing is in flight. TCP_USER_TIMEOUT is left alone:
+        # it also ends connections to healthy peers that do not read for a while because they compute.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def receive(self, view: memoryview) -> int:
+        """Receive what is there; return the number of bytes, 0 if nothing is there yet."""
+        try:
+            count = self.socket.recv_into(view)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self.lost(error) from error
+        if not count:
+            raise PeerLost(f"rank {self.peer} closed its connection")
+        return count
+
+    def send(self, *views: bytes | memoryview) -> int:
+        """Send what the kernel takes; return the number of bytes."""
+        try:
+            return self.socket.sendmsg(views)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self.lost(error) from error
+
+    def lost(self, error: OSError) -> PeerLost:
+        """Say which connection broke."""
+        return PeerLost(f"the connection to rank {self.peer} broke ({error.strerror or error})")
+
+
+class Watch:
+    """Waits for some links and keeps an eye on all others, so that any death in the group ends any wait."""
+
+    def __init__(self, links: Iterable[Link]) -> None:
+        self._links = {link.descriptor: link for link in links}
+        self._wanted = dict.fromkeys(self._links, -1)
+        self._ignored: set[int] = set()
+        self._poll = select.poll()
+        for link in self._links.values():
+            self.want(link, 0)
+
+    def want(self, link: Link, events: int) -> None:
+        """Wait for these poll events of a link from now on."""
+        if self._wanted[link.descriptor] != events:
+            self._wanted[link.descriptor] = events
+            self._register(link.descriptor)
+
+    def wait(self, timeout_s: float, spin_s: float = 0) -> list[Link]:
+        """Return the links that are ready, none when the time is up. Raises PeerLost.
+
+        spin_s: how long to poll before sleeping.
+        """
+        end_s = time.perf_counter() + spin_s
+        while True:
+            events = self._poll.poll(0)
+            if not events and time.perf_counter() < end_s:
+                os.sched_yield()
+                continue
+            if not events:
+                events = self._poll.poll(timeout_s * 1000)
+                if not events:
+                    return []
+            ready = []
+            for descriptor, happened in events:
+                wanted = self._wanted[descriptor]
+                if wanted and happened & (wanted | select.POLLHUP | select.POLLERR):
+                    ready.append(self._links[descriptor])
+                else:
+                    self._inspect(self._links[descriptor])
+            if ready:
+                return ready
+
+    def _register(self, descriptor: int) -> None:
+        mask = self._wanted[descriptor] | (0 if descriptor in self._ignored else select.POLLRDHUP)
+        if mask:
+            self._poll.register(descriptor, mask)
+        else:
+            self._poll.unregister(descriptor)
+
+    def _inspect(self, link: Link) -> None:
+        """Decide what it means that a peer nobody waits for has hung up."""
+        try:
+            ahead = link.socket.recv(1, socket.MSG_PEEK)
+        except OSError as error:
+            raise link.lost(error) from error
+        if not ahead:
+            raise PeerLost(f"rank {link.peer} closed its connection")
+        # Its last words are unread: a goodbye, or data for a later call. That call will see what became of it.
+        self._ignored.add(link.descriptor)
+        self._register(link.descriptor)
+
+    def wait_for(self, inlet: Link | None, outlet: Link | None, timeout_s: float) -> None:
+        """Wait until bytes can be received from one link or sent to another. Raises PeerLost or WaitTimeout."""
+        wanted: dict[Link, int] = {}
+        if inlet is not None:
+            wanted[inlet] = select.POLLIN
+        if outlet is not None:
+            wanted[outlet] = wanted.get(outlet, 0) | select.POLLOUT
+        for link, events in wanted.items():
+            self.want(link, events)
+        if not self.wait(timeout_s):
+            raise late([link.peer for link in wanted][:1], timeout_s)
+        for link in wanted:
+            self.want(link, 0)
+
+
+class Flow:
+    """Sends a queue of views to one link while views are received from another, without a thread."""
+
+    __slots__ = ("_inlet", "_outlet", "_queue", "_timeout_s", "_watch")
+
+    def __init__(
+        self, watch: Watch, timeout_s: float, *, outlet: Link | None = None, inlet: Link | None = None
+    ) -> None:
+        """timeout_s: longest wait without progress."""
+        self._watch, self._timeout_s, self._outlet, self._inlet = watch, timeout_s, outlet, inlet
+        self._queue: deque[bytes | memoryview] = deque()
+
+    def send(self, *views: bytes | memoryview) -> None:
+        """Queue views; nothing is sent before the next `receive` or `flush`."""
+        self._queue.extend(view for view in views if len(view))
+
+    def receive(self, view: memoryview) -> None:
+        """Fill `view`, sending meanwhile."""
+        assert self._inlet is not None
+        while view:
+            sent = self._push()
+            count = self._inlet.receive(view)
+            if count:
+                view = view[count:]
+            elif not sent:
+                self._watch.wait_for(self._inlet, self._outlet if self._queue else None, self._timeout_s)
+
+    def flush(self, keep: int = 0) -> None:
+        """Send all that is queued but the last `keep` views."""
+        while len(self._queue) > keep:
+            if not self._push():
+                self._watch.wait_for(None, self._outlet, self._timeout_s)
+
+    def _push(self) -> int:
+        if not self._queue or self._outlet is None:
+            return 0
+        view = self._queue[0]
+        count = self._outlet.send(view)
+        if count == len(view):
+            self._queue.popleft()
+        else:
+            self._queue[0] = view[count:]
+        return count
+
+
+def late(peers: Sequence[int], timeout_s: float) -> WaitTimeout:
+    """Say whom a wait was for that has met its limit."""
+    return WaitTimeout(f"nothing moved to or from rank {', '.join(map(str, peers))} for {timeout_s:g} s")
+
+
+@cache
+def _kernel_limit(name: str) -> int:
+    try:
+        return int(Path("/proc/sys/net/core", name).read_text())
+    except (OSError, ValueError):
+        return 0

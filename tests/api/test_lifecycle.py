@@ -1,0 +1,299 @@
+"""Names, signals, leases, the pool and the queue, with real processes and real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+import lepton_ray
+from lepton_ray import ConfigError, Resources, RunCancelled, RunFailed
+from lepton_ray.cluster.names import NAMESPACE, SCHEDULER
+from lepton_ray.cluster.scheduler import scheduler
+from tests.api.scripts.job import STEPS_PER_EPOCH, make_trainer
+from tests.api.scripts.processes import (
+    controller,
+    controller_pid,
+    driver,
+    groups,
+    is_gone,
+    kill,
+    records,
+    saw,
+    steps,
+    until,
+    worker_pids,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+END = 3 * STEPS_PER_EPOCH
+PACE_S = 0.03
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster: None) -> str:
+    """Return the address of the session's Ray."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def overview() -> dict[str, Any]:
+    """Ask the scheduler what it knows."""
+    return dict(ray.get(scheduler().overview.remote(), timeout=30))
+
+
+def is_left(name: str) -> bool:
+    """Tell whether anything of a job is left on the cluster, its warm workers apart."""
+    return controller(name) is not None or name in overview()["jobs"] or len(groups()) > len(overview()["warm"])
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_second_driver_attaches_and_a_submitted_run_outlives_its_own(address: str, storage: str) -> None:
+    name = "shared"
+    gate = f"{storage}/gate"
+    with (
+        driver("submit", storage, name, address=address, gate=gate) as first,
+        driver("train", storage, name, address=address, gate=gate) as second,
+    ):
+        first.go()
+        until(saw(storage, name, "step"), "the first step")
+        kill(first.process.pid)
+        second.go()
+        job = lepton_ray.attach(name)
+        assert job.status()["phase"] == "training"
+        until(lambda: "waiting for the first step" in second.said() or "step 1" in second.said(), "the second driver")
+        Path(gate).touch()
+        result = job.wait(60)
+        assert second.result() == {"sha256": result.receipt.weights_sha256, "steps": END}
+    assert len(records(storage, name, "header")) == len(records(storage, name, "started")) == 1
+    assert records(storage, name, "resumed") == []
+
+
+def test_finished_run_gives_its_result_without_a_cluster(ray_cluster: None, storage: str) -> None:
+    name = "done"
+    result = make_trainer(storage, name).submit().wait(60)
+    with driver("train", storage, name, address="127.0.0.1:1") as script:  # nobody is there
+        assert script.go().result() == {"sha256": result.receipt.weights_sha256, "steps": END}
+    with pytest.raises(ConfigError) as caught:
+        make_trainer(storage, name, seed=12, batch=32).train()
+    assert "seed: 11 before, 12 now" in str(caught.value)
+    assert "batch.samples: 16 before, 32 now" in str(caught.value)
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_with_a_checkpoint_and_leaves_nothing(
+    number: signal.Signals, address: str, storage: str
+) -> None:
+    name = f"stopped-{number.name}"
+    shared_memory = set(os.listdir("/dev/shm"))
+    with driver("train", storage, name, address=address, pace_s=PACE_S, every_steps=1000) as script:
+        script.go()
+        until(saw(storage, name, "step", step=3), "a step")
+        began_s = time.monotonic()
+        os.killpg(script.process.pid, number)
+        assert script.process.wait(30) == 128 + number
+        took_s = time.monotonic() - began_s
+    assert took_s < 10
+    assert f"stopped by {number.name}" in script.said()
+    assert f"name='{name}' to go on" in script.said()
+    assert "Traceback" not in script.said()
+    done = steps(storage, name)
+    assert records(storage, name, "checkpoint_saved")[-1]["step"] == len(done)
+    pids = worker_pids(storage, name)
+    until(lambda: all(is_gone(pid) for pid in pids), "the workers to end")
+    until(lambda: not is_left(name), "the cluster to be free of the job")
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+    if number is signal.SIGINT:
+        result = make_trainer(storage, name, pace_s=PACE_S, every_steps=1000).submit().wait(60)
+        assert records(storage, name, "resumed")[-1]["step"] == len(done)
+        assert (result.receipt.steps, result.receipt.samples_lost, result.receipt.samples_repeated) == (END, 0, 0)
+
+
+def test_second_signal_ends_at_once(address: str, storage: str) -> None:
+    name = "impatient"
+    with driver("train", storage, name, address=address, pace_s=20, lease_s=2) as script:
+        script.go()
+        until(saw(storage, name, "phase", phase="training"), "the training")
+        script.process.send_signal(signal.SIGINT)
+        until(saw(storage, name, "phase", phase="stopping"), "the stop")
+        began_s = time.monotonic()
+        script.process.send_signal(signal.SIGINT)
+        assert script.process.wait(30) == 130
+        assert time.monotonic() - began_s < 10
+    kill(controller_pid(name))
+    until(lambda: not is_left(name), "the scheduler to free what the job held")
+
+
+def test_local_ray_ends_with_its_driver(storage: str) -> None:
+    """Ctrl-C in a terminal reaches every process of the group, Ray's own among them."""
+    name = "local"
+    shared_memory = set(os.listdir("/dev/shm"))
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        with driver("train", storage, name, address=None, pace_s=PACE_S, every_steps=1000) as script:
+            script.go()
+            until(saw(storage, name, "step", step=20 if number == signal.SIGKILL else 2), "a step")
+            family = psutil.Process(script.process.pid).children(recursive=True)
+            assert len(family) > 4
+            os.killpg(script.process.pid, number) if number == signal.SIGINT else script.process.kill()
+            assert script.process.wait(30) == code, script.said()
+        until(lambda family=family: not any(p.is_running() and p.status() != "zombie" for p in family), "Ray to end")
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert records(storage, name, "resumed")[0]["step"] == records(storage, name, "checkpoint_saved")[-1]["step"]
+
+
+def test_run_stops_with_a_checkpoint_when_its_driver_is_killed(address: str, storage: str) -> None:
+    name = "orphan"
+    with driver("train", storage, name, address=address, pace_s=0.2, lease_s=1) as script:
+        script.go()
+        until(saw(storage, name, "step", step=1), "a step")
+        kill(script.process.pid)
+        until(saw(storage, name, "ended", outcome="cancelled"), "the end of the run")
+    assert "the driver was silent" in records(storage, name, "ended")[0]["reason"]
+    assert records(storage, name, "checkpoint_saved")[-1]["step"] == len(steps(storage, name)) < END
+    until(lambda: not is_left(name), "the cluster to be free of the job")
+
+
+def test_cancelled_run_goes_on(ray_cluster: None, storage: str) -> None:
+    name = "cancelled"
+    job = make_trainer(storage, name, pace_s=PACE_S).submit()
+    until(saw(storage, name, "step", step=5), "a step")
+    job.cancel("enough for today")
+    with pytest.raises(RunCancelled, match="enough for today"):
+        job.wait(30)
+    assert job.status()["outcome"] == "cancelled"
+    result = make_trainer(storage, name, pace_s=PACE_S).submit().wait(60)
+    assert (result.receipt.steps, result.receipt.samples_lost, result.receipt.samples_repeated) == (END, 0, 0)
+    log = Path(result.path, "logs", "rank-0.log").read_text()
+    assert log.count("a forward of the user's model") == END
+    assert Path(result.path, "logs", "rank-1.log").exists()
+
+
+# --- leases -----------------------------------------------------------------------------------------------------------
+
+
+def test_workers_end_when_their_controller_is_killed(ray_cluster: None, storage: str) -> None:
+    name = "headless"
+    job = make_trainer(storage, name, pace_s=0.1, lease_s=2).submit()
+    until(saw(storage, name, "step"), "a step")
+    kill(controller_pid(name))
+    with pytest.raises(RunFailed, match="start the run again under its name"):
+        job.wait(30)
+    assert job.status()["outcome"] == "lost"
+    pids = worker_pids(storage, name)
+    until(lambda: all(is_gone(pid) for pid in pids), "the workers to end themselves", limit_s=20)
+    until(lambda: not is_left(name), "the scheduler to free what the job held", limit_s=20)
+
+
+def test_runs_go_on_without_the_scheduler_and_the_next_one_knows_them(ray_cluster: None, storage: str) -> None:
+    make_trainer(storage, "warm", workers=1).submit().wait(60)
+    gate = f"{storage}/gate"
+    first = make_trainer(storage, "first", workers=1, resources=Resources(cpus=2), gate=gate).submit()
+    until(saw(storage, "first", "step"), "a step")
+    old = overview()
+    assert old["jobs"]["first"] == 1
+    assert len(old["warm"]) >= 1
+    kill(old["pid"])
+    until(lambda: is_gone(old["pid"]), "the scheduler to go")
+    second = make_trainer(storage, "second", workers=1).submit()
+    assert second.wait(60).receipt.steps == END
+    new = overview()
+    assert new["pid"] != old["pid"]
+    assert new["jobs"]["first"] == 1
+    assert first.status()["phase"] == "training"
+    Path(gate).touch()
+    assert first.wait(60).receipt.steps == END
+    until(lambda: not is_left("first") and not is_left("second"), "nothing but warm workers to be left")
+
+
+# --- the pool ---------------------------------------------------------------------------------------------------------
+
+
+def test_next_job_reuses_warm_workers_and_replaces_dead_ones(
+    ray_cluster: None, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_module.py").write_text("SCALE = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def scale(batch: Any) -> Any:
+        import own_module
+
+        print(f"scale {own_module.SCALE}")
+        return batch
+
+    own = {"resources": Resources(cpus=1.25)}  # no other test has left workers like these
+
+    def run(name: str, **options: Any) -> list[int]:
+        make_trainer(storage, name, transform=scale, **{**own, **options}).submit().wait(60)
+        until(lambda: name not in overview()["jobs"], "the workers to be given back")
+        return worker_pids(storage, name)
+
+    pids = run("one")
+    (tmp_path / "own_module.py").write_text("SCALE = 22\n")
+    assert sorted(run("two")) == sorted(pids)
+    log = Path(storage, "two", "logs", "rank-0.log").read_text()
+    assert "scale 22" in log
+    assert "scale 1\n" not in log
+    kill(pids[0])
+    until(lambda: is_gone(pids[0]), "the worker to go")
+    third = run("three")
+    assert pids[1] in third
+    assert pids[0] not in third
+    large = run("large", workers=1, resources=Resources(cpus=6))
+    assert large[0] not in third
+    until(lambda: all(is_gone(pid) for pid in third), "the evicted workers to end")
+
+
+def test_nothing_is_left_when_the_pool_time_is_over(ray_cluster: None, storage: str) -> None:
+    kill(overview()["pid"])
+    until(lambda: not _scheduler_lives(), "Ray to notice")
+    scheduler(pool_s=1, idle_exit_s=1)
+    make_trainer(storage, "last", workers=1).submit().wait(60)
+    pids = worker_pids(storage, "last")
+    until(lambda: all(is_gone(pid) for pid in pids), "the worker to end")
+    until(lambda: not groups() and controller("last") is None and not _scheduler_lives(), "all to end")
+
+
+def _scheduler_lives() -> bool:
+    try:
+        ray.get_actor(SCHEDULER, namespace=NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_wait_their_turn_and_say_why(ray_cluster: None, storage: str) -> None:
+    def reasons(name: str) -> Callable[[], list[str]]:
+        return lambda: [r["reason"] for r in records(storage, name, "phase") if "reason" in r]
+
+    four = {"workers": 1, "resources": Resources(cpus=4)}
+    gate = f"{storage}/gate"
+    running = make_trainer(storage, "running", gate=gate, **four).submit()
+    until(saw(storage, "running", "step"), "a step")
+    head = make_trainer(storage, "head", **four).submit()
+    assert until(reasons("head"), "a reason") == ["head waits for 1 x (4 CPU); there is room for 0 now"]
+    small = make_trainer(storage, "small", workers=1).submit()
+    assert "behind a job that came before it" in until(reasons("small"), "a reason")[0]
+    assert head.status()["phase"] == small.status()["phase"] == "waiting"
+    assert "waits for 1 x" in head.status()["reason"]
+    head.cancel("not needed any more")
+    with pytest.raises(RunCancelled, match="not needed"):
+        head.wait(30)
+    assert small.wait(60).receipt.steps == END
+    Path(gate).touch()
+    assert running.wait(60).receipt.steps == END
+    assert records(storage, "head", "admitted") == []
