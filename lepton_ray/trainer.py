@@ -44,7 +44,10 @@ class DistributedTrainer:
     reproducible: use deterministic kernels only; the same number of workers then gives the same bits.
     name: of the run. The same name again attaches to it, returns its result, or goes on from its last checkpoint.
     storage: an absolute path or fsspec URL that every node can write; ~/lepton_ray on a single machine.
+    resources, faults, parallel: what a worker asks of Ray, how patient the run is, how a copy of the model is laid out.
+    checkpoints: when the training state is written, and what is kept.
     validate_every: steps between evaluations on test_data; at the end of each epoch by default.
+    callbacks: objects of classes derived from `Callback`; their hooks run in the process of rank 0.
     transform, collate: a callable on each batch, and on the samples of a Dataset.
     step_fn: `step_fn(model, batch, optimizers) -> loss or dict` in place of the usual step.
 

@@ -69,6 +69,7 @@ def test_code_of_readme_prints_what_it_says(ray_cluster: None, home: None, capfd
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # some twenty trainings
 def test_code_of_guide_runs(ray_cluster: None, home: None) -> None:
     run_blocks(GUIDE)
 
@@ -220,5 +221,5 @@ def messages() -> list[str]:
 
 @pytest.mark.parametrize("message", messages())
 def test_message_of_troubleshooting_is_one_of_ours(message: str) -> None:
-    pattern = r"[^\n]*".join(re.escape(part) for part in re.split(r"…|N(?= )", message))
+    pattern = r"[^\n]*".join(re.escape(part) for part in message.split("…"))
     assert re.search(pattern, strings())

@@ -116,6 +116,7 @@ class Worker:
                     test_source=ray.get(assignment.test_source) if assignment.test_source is not None else None,
                     peers=peers,
                     device=_device(),
+                    generation=assignment.generation,
                     report=self._reporter.report,
                     record=self._record,
                     wish=self._stop.is_set,

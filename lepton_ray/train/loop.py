@@ -85,6 +85,7 @@ class Loop:
         feed: Feed | StreamFeed,
         test_source: Source | Stream | None,
         peers: Peers,
+        generation: int,
         report: Report,
         record: Callable[[int], None],
         wish: Callable[[], bool],
@@ -93,7 +94,7 @@ class Loop:
 
         wish: whether somebody asked this worker to stop; read at every ballot.
         """
-        self._spec, self._parts, self._peers = spec, parts, peers
+        self._spec, self._parts, self._peers, self._generation = spec, parts, peers, generation
         self._test_source, self._report, self._record_to, self._wish = test_source, report, record, wish
         self._feed, self._stepper = feed, parts.stepper
         self._owned = own(spec.batch.microbatches or peers.world, [1.0] * peers.world)[peers.rank]
@@ -130,9 +131,13 @@ class Loop:
         self._resume()
         self._parts.model.train(True)
         total = self._total_steps()
-        stop = self._has_stopped
+        stop, has_room = self._has_stopped, False
         while not stop and (total is None or self.step < total) and not self._is_over():
             stop = self._one_step()
+            if self._checkpointer and not has_room:
+                # The optimizer has its state now: the next checkpoint finds memory of the right size.
+                self._checkpointer.prepare(*self._parts.state())
+                has_room = True
         self._settle()
         self._finish(stop)
 
@@ -283,7 +288,7 @@ class Loop:
             "has_stopped": stop and self._stop_reason is not None,
         }
         step = self.step
-        self._checkpointer.stage(step, tensors, state)
+        self._checkpointer.stage(step, tensors, state, generation=self._generation)
         self._checkpointer.commit(step, after=lambda: self._record_to(step))
         self._saved_step = step
 

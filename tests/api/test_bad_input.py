@@ -381,10 +381,10 @@ def test_workers_that_step_differently_are_told_so(ray_cluster: None, storage: s
 @pytest.mark.slow
 def test_a_killed_worker_fails_the_run_at_once(ray_cluster: None, storage: str) -> None:
     job = trainer(
-        num_workers=2, epochs=100_000, batch=4, checkpoints=Checkpoints(every_steps=5), storage=storage
+        num_workers=2, epochs=100_000, batch=4, checkpoints=Checkpoints(every_steps=300), storage=storage
     ).submit()
     pid = run(job, lambda record: record["event"] == "worker" and record["rank"] == 1)["pid"]
-    run(job, lambda record: record["event"] == "checkpoint_saved" and record["step"] >= 5)
+    run(job, lambda record: record["event"] == "checkpoint_saved" and record["step"] > 0)
     killed_s = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(RunFailed, match="worker of rank 1 died"):
@@ -392,4 +392,4 @@ def test_a_killed_worker_fails_the_run_at_once(ray_cluster: None, storage: str) 
     assert time.monotonic() - killed_s < 10
     found, _ = newest(Folder(job.path).sub("checkpoints"))
     assert found is not None
-    assert found.step >= 5
+    assert found.step >= 300
