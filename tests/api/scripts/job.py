@@ -21,7 +21,7 @@ class Net(nn.Module):
     """BatchNorm, dropout, and enough weights for a checkpoint to take a moment."""
 
     def __init__(self, pace_s: float, gate: str | None) -> None:
-        """pace_s: how long a forward takes. gate: a file without which the third forward does not end."""
+        """pace_s: how long a forward takes. gate: a file without which the seventh forward does not end."""
         super().__init__()
         self.a, self.norm, self.drop = nn.Linear(FEATURES, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.2)
         self.b = nn.Linear(WIDTH, CLASSES)
@@ -32,7 +32,7 @@ class Net(nn.Module):
             print("a forward of the user's model")
             time.sleep(self.pace_s)
             self.forwards += 1
-            while self.gate and self.forwards > 2 and not os.path.exists(self.gate):
+            while self.gate and self.forwards > 6 and not os.path.exists(self.gate):
                 time.sleep(0.01)
         return self.b(self.drop(torch.relu(self.norm(self.a(x)))))
 
