@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 ASK_AGAIN = 5
 """Schedulers that may die on a run before it gives up."""
+RESET_S = 5.0
+"""A worker that needs longer to forget its job is ended."""
 LINGER_S = 30.0
 """How long an ended run waits for its driver to read the end."""
 TICK_S = 0.5
@@ -306,6 +308,8 @@ class Controller:
             await asyncio.gather(*self._outputs)
         fields = {} if failure is None else {"failure": asdict(failure)}
         try:
+            if outcome is Outcome.FINISHED:
+                self._scheduler.ending.remote(self._order.name)
             self._write([{"event": "ended", "outcome": outcome.value, "reason": reason, **fields}])
             if self._journal:
                 self._journal.close()
@@ -329,16 +333,23 @@ class Controller:
             return
         warm = {}
         if outcome is Outcome.FINISHED:
-            for held, worker in zip(self._places, self._workers):
-                with suppress(RayError, asyncio.TimeoutError):
-                    if await asyncio.wait_for(worker.reset.remote(), CALL_TIMEOUT_S):
-                        worker.lend.remote(self._scheduler, CALL_TIMEOUT_S)
-                        warm[held.name] = worker
+            fit = await asyncio.gather(*(self._reset(worker) for worker in self._workers))
+            warm = {held.name: worker for held, worker, ok in zip(self._places, self._workers, fit) if ok}
         try:
             await self._scheduler.give_back.remote(self._order.name, warm)
         except RayError:  # the scheduler is gone
             for held in self._places:
                 free(held)
+
+    async def _reset(self, worker: Any) -> bool:
+        """Have a worker forget the job; return whether another job may use it."""
+        try:
+            is_fit = await asyncio.wait_for(worker.reset.remote(), RESET_S)
+        except (RayError, asyncio.TimeoutError):
+            return False
+        if is_fit:
+            worker.lend.remote(self._scheduler, CALL_TIMEOUT_S)
+        return bool(is_fit)
 
     async def _tick(self) -> None:
         while not self._is_over():

@@ -37,6 +37,8 @@ IDLE_EXIT_S = 120.0
 """The scheduler ends when it had nothing to look after for so long; the next job starts another."""
 WATCH_S = 1.0
 """Period of the look after dead jobs and old workers."""
+COMES_BACK_S = 3.0
+"""Workers of a job that has finished are waited for so long; they need a moment to forget it."""
 PLACED_WITHIN_S = 5.0
 """Resources that we believe free are placed within so long, unless somebody else uses them."""
 
@@ -58,6 +60,8 @@ class _Job:
     controller: Any  # a Ray actor handle
     held: list[Held] = field(default_factory=list)
     told: str = ""
+    ends_by_s: float = 0.0
+    """Its workers are expected back by then."""
 
     def tell(self, reason: str) -> None:
         """Tell the job why it waits, when that has changed."""
@@ -127,6 +131,11 @@ class Scheduler:
         self._jobs[job].held = [held for held in self._jobs[job].held if held.actor is None]
         await self.release(job)
 
+    async def ending(self, job: str) -> None:
+        """Learn that a job's workers come back in a moment; the next job would rather have those than new ones."""
+        if job in self._jobs:
+            self._jobs[job].ends_by_s = time.monotonic() + COMES_BACK_S
+
     async def release(self, job: str) -> None:
         """Free all that a job still holds."""
         gone = self._jobs.pop(job, None)
@@ -151,6 +160,8 @@ class Scheduler:
                 case Refuse() as refusal:
                     await self.release(request.job)
                     return refusal
+                case Grant(create=create) if create and self._comes_back():
+                    pass  # warm workers are on their way
                 case Grant() as grant:
                     places = await self._place(request, job, grant)
                     if places is not None:
@@ -161,6 +172,9 @@ class Scheduler:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
         return Refuse(reason="the job ended while it waited")
+
+    def _comes_back(self) -> bool:
+        return any(job.ends_by_s > time.monotonic() for job in self._jobs.values())
 
     async def _place(self, request: Request, job: _Job, grant: Grant) -> list[Held] | None:
         """Do what was granted; None when that cannot be done now, and the next look will show why."""

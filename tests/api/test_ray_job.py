@@ -122,9 +122,7 @@ def test_submitted_job_trains_and_its_run_stays(cluster: dict[str, str]) -> None
 def test_job_stop_acts_like_ctrl_c(cluster: dict[str, str], tmp_path: Path) -> None:
     storage, name = str(tmp_path), "stopped"
     command = ["python", "jobs/train_digits.py", "--workers", "2", "--epochs", "2000", "--name", name]
-    said = ray_job(
-        cluster, "submit", "--no-wait", "--working-dir", ".", "--", *command, "--storage", storage
-    )
+    said = ray_job(cluster, "submit", "--no-wait", "--working-dir", ".", "--", *command, "--storage", storage)
     job = re.search(r"raysubmit_\w+", said)
     assert job is not None, said
     until(saw(storage, name, "step", step=10), "a step", LIMIT_S)
