@@ -81,6 +81,4 @@ def _use_token() -> None:
 
 def nodes() -> Sequence[Node]:
     """List the living nodes with all that they have."""
-    return [
-        Node(name=node["NodeManagerAddress"], total=node["Resources"]) for node in ray.nodes() if node["Alive"]
-    ]
+    return [Node(name=node["NodeManagerAddress"], total=node["Resources"]) for node in ray.nodes() if node["Alive"]]

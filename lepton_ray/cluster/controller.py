@@ -214,9 +214,7 @@ class Controller:
     async def _ask(self) -> None:
         """Ask the scheduler; when it ends meanwhile, ask the next one."""
         order = self._order
-        request = Request(
-            job=order.name, workers=order.num_workers, slot=order.slot, environment=order.environment
-        )
+        request = Request(job=order.name, workers=order.num_workers, slot=order.slot, environment=order.environment)
         own = ray.get_actor(controller_name(order.name), namespace=NAMESPACE)
         for attempt in range(ASK_AGAIN + 1):
             try:

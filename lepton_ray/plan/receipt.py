@@ -66,9 +66,7 @@ def _count(work: _Rows, steps: int, digest: str | None) -> Receipt:
                 else:
                     repeated += size
         lost += sum(size for size, count in zip(full, counts) if not count)
-    return Receipt(
-        steps=steps, samples=samples, samples_lost=lost, samples_repeated=repeated, weights_sha256=digest
-    )
+    return Receipt(steps=steps, samples=samples, samples_lost=lost, samples_repeated=repeated, weights_sha256=digest)
 
 
 def _largest_sizes(work: _Rows) -> list[int]:
