@@ -42,8 +42,8 @@ def check_room(num_workers: int, resources: Resources, spare_cpus: int) -> Slot:
     total_cpus = sum(node.total.get("CPU", 0) for node in found)
     if total_cpus < num_workers * resources.cpus + spare_cpus:
         raise ConfigError(
-            f"{num_workers} workers of {resources.cpus:g} CPU take all {total_cpus:g} CPUs of the cluster, and Ray Data "
-            f"needs {spare_cpus} to read the stream. Use fewer workers, or call .materialize() on the dataset."
+            f"{num_workers} workers of {resources.cpus:g} CPU take all {total_cpus:g} CPUs of the cluster, and Ray "
+            f"Data needs {spare_cpus} to read the stream. Use fewer workers, or call .materialize() on the dataset."
         )
     return slot
 
