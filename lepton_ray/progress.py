@@ -48,12 +48,13 @@ class _PlainLines:
             self.close()
 
     def say(self, line: str) -> None:
+        self.close()  # lines keep their order
         print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._pending:
             self._shown_s = self._clock()
-            self.say(self._pending)
+            print(self._pending, file=self._stream, flush=True)
             self._pending = ""
 
 

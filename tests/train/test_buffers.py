@@ -22,7 +22,7 @@ OWNERS = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
 
 class Norms(nn.Module):
-    """BatchNorm with a momentum, with another, with a plain running mean; frozen; and not used."""
+    """BatchNorm with a momentum, with another, with a plain running mean; frozen; not used; and called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,9 +31,10 @@ class Norms(nn.Module):
         self.mean = nn.BatchNorm1d(CHANNELS, momentum=None)
         self.frozen = nn.BatchNorm1d(CHANNELS).eval()
         self.unused = nn.BatchNorm1d(CHANNELS)
+        self.shared = nn.BatchNorm1d(CHANNELS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mean(self.fast(x)) + self.plain(x) + self.frozen(x)
+        return self.mean(self.fast(x)) + self.plain(x) + self.frozen(x) + self.shared(x) + self.shared(2 * x + 1)
 
 
 class Counters(nn.Module):
