@@ -21,6 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("RAY_ADDRESS", "auto")
+    if os.path.exists(os.path.expanduser("~/.ray/auth_token")):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported, and does not look by itself
     try:
         options.run(options)
     except LeptonError as error:

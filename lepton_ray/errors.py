@@ -35,7 +35,8 @@ class WorkerFailed(RunFailed):
         self.rank, self.step, self.worker_traceback = rank, step, worker_traceback
 
     def __str__(self) -> str:
-        return f"{self.args[0]} (rank {self.rank}, step {self.step})\n\n{self.worker_traceback}".rstrip()
+        place = ", ".join(f"{name} {at}" for name, at in (("rank", self.rank), ("step", self.step)) if at >= 0)
+        return f"{self.args[0]}{f' ({place})' if place else ''}\n\n{self.worker_traceback}".rstrip()
 
     def __reduce__(self) -> tuple[type, tuple[str, int, int, str]]:
         return type(self), (self.args[0], self.rank, self.step, self.worker_traceback)

@@ -328,7 +328,18 @@ def identity(value: Any) -> str | None:
         return name
     digest = hashlib.sha256()
     _add_code(digest, value.__code__)
+    for cell in value.__closure__ or ():
+        digest.update(_plain_text(cell).encode())
     return f"{name} {digest.hexdigest()[:12]}"
+
+
+def _plain_text(cell: Any) -> str:
+    """Return the value that a function took from around it, if it is a plain one."""
+    try:
+        content = cell.cell_contents
+    except ValueError:  # not set yet
+        return ""
+    return repr(content) if isinstance(content, (str, int, float, bool, tuple)) else ""
 
 
 def _add_code(digest: Any, code: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from ray._private import node, utils
 from lepton_ray.cluster.names import NAMESPACE
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.types import Node
+
+KNOCK_S = 5.0
+"""How long a head may take to accept a connection."""
 
 
 def connect(num_workers: int, cpus: float = 1, spare_cpus: int = 0) -> bool:
@@ -30,7 +34,7 @@ def connect(num_workers: int, cpus: float = 1, spare_cpus: int = 0) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice on machines without GPU
     try:
         if address:
-            _use_token()
+            _knock(address)
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
             return False
         room = max(os.cpu_count() or 1, math.ceil(num_workers * cpus) + spare_cpus)
@@ -73,10 +77,17 @@ def _without_idle_services() -> Iterator[None]:
             setattr(owner, name, own)
 
 
-def _use_token() -> None:
-    """Use token authentication when this account has a token: clusters ask for one by default, clients do not look."""
-    if "RAY_AUTH_MODE" not in os.environ and os.path.exists(os.path.expanduser("~/.ray/auth_token")):
-        os.environ["RAY_AUTH_MODE"] = "token"
+def _knock(address: str) -> None:
+    """Refuse an address where nobody listens: Ray itself would try for minutes. Raises ConnectionError."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return  # "auto", or an address that only Ray can read
+    try:
+        socket.create_connection((host, int(port)), KNOCK_S).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"nobody answers there ({error}). Is the cluster up? `ray start --head` prints its address"
+        ) from error
 
 
 def nodes() -> Sequence[Node]:

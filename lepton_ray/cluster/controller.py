@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE, controller_name
@@ -290,7 +290,7 @@ class Controller:
         try:
             found = await answer
         except RayError as error:
-            found = Failure(message=f"the worker of rank {rank} died: {_first_line(error)}", rank=rank)
+            found = Failure(message=f"the worker of rank {rank} {_what_happened(error)}", rank=rank)
         if isinstance(found, Failure):
             await self._advance(membership.Broke(found))
             return
@@ -403,5 +403,8 @@ class Controller:
                 self._write([{"event": "ended", "outcome": Outcome.FAILED.value, "failure": asdict(failure)}])
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _what_happened(error: RayError) -> str:
+    """Say in one line whether a worker died or a call of ours raised in it."""
+    if isinstance(error, RayTaskError):
+        return f"failed: {type(error.cause).__name__}: {error.cause}"
+    return f"died: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 
 import ray
+from ray.exceptions import RayError
 
 from lepton_ray.cluster.controller import Controller
 from lepton_ray.cluster.launch import check_room, environment
@@ -31,7 +32,11 @@ def warm(workers: int, resources: Resources, keep_s: float) -> str:
     if isinstance(granted, Refuse):
         raise ConfigError(granted.reason)
     actors = {held.name: held.actor or Controller.create(held) for held in granted.places}
-    ray.get([actor.prepare.remote() for actor in actors.values()], timeout=START_TIMEOUT_S)
+    try:
+        ray.get([actor.prepare.remote() for actor in actors.values()], timeout=START_TIMEOUT_S)
+    except RayError as error:
+        ray.get(owner.release.remote(job), timeout=CALL_TIMEOUT_S)
+        raise ConfigError(f"the workers could not be started: {error}") from error
     for actor in actors.values():
         actor.lend.remote(owner, CALL_TIMEOUT_S)
     ray.get(owner.give_back.remote(job, actors, keep_s), timeout=CALL_TIMEOUT_S)

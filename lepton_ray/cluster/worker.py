@@ -6,6 +6,7 @@ responsive.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # torch must not be imported before the process says so
     import torch
 
     from lepton_ray.train.spec import TrainSpec
+
+log = logging.getLogger(__name__)
 
 THREADS = 4
 """Ray calls that may run at once: train, stop, and two to spare."""
@@ -128,12 +131,16 @@ class Worker:
         """Do the job to its end, or to a stop that all workers agreed on. Returns what went wrong, if anything."""
         with self._guard("train") as caught, self._logs(self._spec):
             self._outputs = self._task.run()
-        with suppress(RayActorError, GetTimeoutError):
+        with self._guard("report") as unreported, suppress(RayActorError, GetTimeoutError):
             self._reporter.close()
-        self._peers.close()
-        if caught.failure is None:
-            self._task.close()
-        return caught.failure
+        failure = caught.failure or unreported.failure
+        try:
+            self._peers.close()
+            if failure is None:
+                self._task.close()
+        except Exception:  # the work is done and on record; what cannot be closed ends with the process
+            log.exception("rank %s could not leave its group", self._peers.rank)
+        return failure
 
     def outputs(self) -> list[Any]:
         """Return the numbered blocks of a prediction."""

@@ -97,7 +97,7 @@ def make_parts(
     Raises ConfigError.
     """
     code: Code = pickle.loads(spec.code)  # made by this package in the user's own driver
-    model = build(spec.blueprint, device, seed_of(spec.seed))
+    model = build(spec.blueprint, device, seed_of(spec.seed, 0))
     if isinstance(model, TorchModel):
         loss, metrics = code.loss, code.metrics
         if code.inferred is not None:
