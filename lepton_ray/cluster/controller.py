@@ -229,7 +229,7 @@ class Controller:
             return
         self._places = answer.places
         if self._is_over():  # it was cancelled while the answer travelled
-            await self._let_go(Outcome.CANCELLED)
+            await self._let_go(is_reusable=False)
             return
         self._write([{"event": "admitted", "reason": answer.reason}])
         await self._advance(membership.Granted())
@@ -306,13 +306,14 @@ class Controller:
             await asyncio.gather(*self._outputs)
         fields = {} if failure is None else {"failure": asdict(failure)}
         try:
-            if outcome is Outcome.FINISHED:
+            is_reusable = outcome is Outcome.FINISHED or _is_users(failure)
+            if is_reusable:
                 self._scheduler.ending.remote(self._order.name)
             self._write([{"event": "ended", "outcome": outcome.value, "reason": reason, **fields}])
             if self._journal:
                 self._journal.close()
         finally:
-            await self._let_go(outcome)
+            await self._let_go(is_reusable)
             await self._leave()
 
     async def _leave(self) -> None:
@@ -323,14 +324,14 @@ class Controller:
         # `exit_actor` works in a method that a caller waits for only.
         ray.kill(ray.get_actor(controller_name(self._order.name), namespace=NAMESPACE))
 
-    async def _let_go(self, outcome: Outcome) -> None:
-        """Hand finished workers to the pool; end all others."""
+    async def _let_go(self, is_reusable: bool) -> None:
+        """Hand the workers that are as good as new to the pool; end all others."""
         if not self._places:
             if hasattr(self, "_scheduler"):
                 self._scheduler.release.remote(self._order.name)
             return
         warm = {}
-        if outcome is Outcome.FINISHED:
+        if is_reusable:
             fit = await asyncio.gather(*(self._reset(worker) for worker in self._workers))
             warm = {held.name: worker for held, worker, ok in zip(self._places, self._workers, fit) if ok}
         try:
@@ -401,6 +402,11 @@ class Controller:
             await self._advance(membership.Broke(failure))
             if not self._is_over():  # it failed while it ended
                 self._write([{"event": "ended", "outcome": Outcome.FAILED.value, "failure": asdict(failure)}])
+
+
+def _is_users(failure: Failure | None) -> bool:
+    """Tell an error of the user's code in a step, after which the next try may have the same processes."""
+    return failure is not None and failure.step is not None and not failure.is_echo
 
 
 def _what_happened(error: RayError) -> str:

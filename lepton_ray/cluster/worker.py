@@ -58,6 +58,8 @@ class Worker:
     def __init__(self) -> None:
         os.environ["KERAS_BACKEND"] = "torch"  # must stand before anything imports keras
         self._stop = threading.Event()
+        self._working = threading.Lock()
+        """Held while a job runs on one of the threads."""
         self._holder: Any = None
         self._lease_s = 60.0
         self._assignment: Assignment | None = None
@@ -129,6 +131,10 @@ class Worker:
 
     def train(self) -> Failure | None:
         """Do the job to its end, or to a stop that all workers agreed on. Returns what went wrong, if anything."""
+        with self._working:
+            return self._train()
+
+    def _train(self) -> Failure | None:
         with self._guard("train") as caught, self._logs(self._spec):
             self._outputs = self._task.run()
         with self._guard("report") as unreported, suppress(RayActorError, GetTimeoutError):
@@ -136,8 +142,7 @@ class Worker:
         failure = caught.failure or unreported.failure
         try:
             self._peers.close()
-            if failure is None:
-                self._task.close()
+            self._task.close()
         except Exception:  # the work is done and on record; what cannot be closed ends with the process
             log.exception("rank %s could not leave its group", self._peers.rank)
         return failure
@@ -157,6 +162,14 @@ class Worker:
 
     def reset(self) -> bool:
         """Forget the job; return whether the process is as good as new for another."""
+        if not self._working.acquire(blocking=False):
+            return False
+        try:
+            return self._forget()
+        finally:
+            self._working.release()
+
+    def _forget(self) -> bool:
         self._task = self._assignment = None
         self._outputs = []
         import gc
