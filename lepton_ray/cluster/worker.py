@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from lepton_ray.cluster.names import CALL_TIMEOUT_S
 from lepton_ray.cluster.reporter import Reporter
@@ -200,19 +200,20 @@ class Worker:
         """End this process when the holder of its lease is gone: nobody else would."""
         import time
 
-        asked_s = time.monotonic()
+        answered_s = time.monotonic()
         while True:
             time.sleep(min(2.0, self._lease_s / 4))
-            holder = self._holder
-            if holder is None:
-                if time.monotonic() - asked_s > self._lease_s:
-                    os._exit(1)
-                continue
+            holder, is_dead = self._holder, False
             try:
-                ray.get(holder.ping.remote(), timeout=self._lease_s)
-            except (RayActorError, GetTimeoutError):
-                if holder is self._holder:
-                    os._exit(1)
+                if holder is not None:
+                    ray.get(holder.ping.remote(), timeout=self._lease_s)
+                    answered_s = time.monotonic()
+            except (ActorUnavailableError, GetTimeoutError):
+                pass  # slow or cut off is not dead, until the lease has lapsed
+            except RayActorError:
+                is_dead = True
+            if holder is self._holder and (is_dead or time.monotonic() - answered_s > self._lease_s):
+                os._exit(1)
 
     @contextmanager
     def _guard(self, what: str) -> Any:
