@@ -119,7 +119,7 @@ def controller(name: str) -> Any:
     """Return the controller of a run, or None."""
     try:
         return ray.get_actor(controller_name(name), namespace=NAMESPACE)
-    except ValueError:
+    except (ValueError, AssertionError):  # the latter: Ray 2.60 has just forgotten the class of an actor that ended
         return None
 
 
