@@ -134,13 +134,9 @@ class Journal:
             timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
-        if not self.folder.is_local:
-            self._put()
-            return
+        self.flush()
         with self._lock:
-            self._write()
             if self._file >= 0:
-                os.fsync(self._file)
                 self._leave_segment()
 
     def _write(self) -> None:
