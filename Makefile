@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+BENCHMARKS := first_step throughput checkpoint_stall report_cost memory
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # all targets share .venv, and tests measure time
 .PHONY: help demo test check lint format bench clean
@@ -33,7 +35,7 @@ format: $(VENV)/.dev ## format the code and repair what ruff can
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev ## run all benchmarks, one JSON line each
-	@for script in benchmarks/[a-z]*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	@for name in $(BENCHMARKS); do echo "$$name"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done
 
 clean: ## remove .venv and everything that tools left behind
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache ./*.egg-info

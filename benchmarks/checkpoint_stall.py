@@ -88,8 +88,7 @@ def measure(rounds: int, folder: str) -> None:
     def ours(path: str) -> object:
         nonlocal saves
         saves += 1
-        saver.stage(saves, model.state_dict(), {"step": saves})
-        saver.commit(saves)
+        saver.save(saves, model.state_dict(), {"step": saves})
         return saver._last  # the future of the commit; a training loop has no need of it
 
     methods = {"torch.save": torch_save, "DCP async": dcp_async, "DCP async, cached": dcp_async_cached, OURS: ours}
@@ -135,9 +134,7 @@ def measure(rounds: int, folder: str) -> None:
             "lost (blocked + slower steps), s": lost,
             "on disk after (whole steps), s": on_disk,
         },
-        target="blocked <= 0.5 x DCP async",
-        ratio=median_ratio(blocked[OURS], blocked["DCP async"]),
-        is_met=median_ratio(blocked[OURS], blocked["DCP async"]) <= 0.5,
+        targets={"blocked <= 0.5 x DCP async": median_ratio(blocked[OURS], blocked["DCP async"])},
     )
 
 

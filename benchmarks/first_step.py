@@ -17,12 +17,11 @@ Targets: cold <= 0.4 x Ray Train, running <= 0.3 x Ray Train, second <= 2 s.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import interleave, median_ratio, report
+from harness import arguments, interleave, median_ratio, report
 from launch import cluster, running, scratch, script, torchrun
 
 WORKERS = 2
@@ -36,10 +35,7 @@ ACTORS = "bare Ray actors + DDP"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--quick", action="store_true", help="one round, without Ray Train")
-    asked = options.parse_args()
+    asked = arguments(__doc__, quick="one round, without Ray Train")
     with scratch() as folder:
         measure(1 if asked.quick else asked.rounds, folder, has_ray_train=not asked.quick)
 

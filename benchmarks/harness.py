@@ -6,6 +6,7 @@ warm cache falls on all of them. Figures are medians over rounds; ratios are tak
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -17,6 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "ray", "numpy", "keras", "safetensors")
+
+
+def arguments(doc: str, *, quick: str) -> argparse.Namespace:
+    """Read --rounds and --quick. doc: of the script. quick: what the short form does."""
+    options = argparse.ArgumentParser(description=doc.splitlines()[0])
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--quick", action="store_true", help=quick)
+    return options.parse_args()
 
 
 def interleave(rounds: int, methods: Mapping[str, Callable[[], float | None]]) -> dict[str, list[float]]:

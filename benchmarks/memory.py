@@ -14,7 +14,6 @@ Targets: worker <= 1.15 x torchrun, everything else <= 0.5 x Ray Train.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import time
@@ -22,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
-from harness import interleave, median_ratio, report
+from harness import arguments, interleave, median_ratio, report
 from launch import family, running, scratch, script, torchrun
 
 WORKERS = 2
@@ -35,10 +34,7 @@ RAY_TRAIN = "Ray Train v2"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--quick", action="store_true", help="one round, without Ray Train")
-    asked = options.parse_args()
+    asked = arguments(__doc__, quick="one round, without Ray Train")
     with scratch() as folder:
         measure(1 if asked.quick else asked.rounds, folder, has_ray_train=not asked.quick)
 

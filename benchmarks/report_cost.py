@@ -16,12 +16,11 @@ Target: <= 0.2 ms of the training thread.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 from pathlib import Path
 
-from harness import interleave, report
+from harness import arguments, interleave, report
 from launch import running, scratch, script
 
 OURS = "lepton_ray, whole cost"
@@ -29,10 +28,7 @@ INSIDE = "lepton_ray, inside the call"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--quick", action="store_true", help="one round of fewer steps, without Ray Train")
-    asked = options.parse_args()
+    asked = arguments(__doc__, quick="one round of fewer steps, without Ray Train")
     with scratch() as folder:
         if asked.quick:
             measure(1, folder, steps=8000, has_ray_train=False)

@@ -15,27 +15,22 @@ Targets: at least 0.97 x the samples/s of torchrun DDP; a step of the framework 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import interleave, median_ratio, report
+from harness import arguments, interleave, median_ratio, report
 from launch import running, scratch, script, torchrun
 
 WORKERS = 2
-BATCH = 64
-WARM_STEPS = 5
+BATCH, WARM_STEPS = 64, 5  # as in peers/workload.py
 OURS = "lepton_ray"
 TORCHRUN = "torchrun DDP"
 RAY_TRAIN = "Ray Train v2"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--quick", action="store_true", help="one round of fewer steps, without Ray Train")
-    asked = options.parse_args()
+    asked = arguments(__doc__, quick="one round of fewer steps, without Ray Train")
     with scratch() as folder:
         if asked.quick:
             measure(1, folder, cnn_steps=20, tiny_steps=500, has_ray_train=False)

@@ -76,6 +76,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, and say how good the model is and where to find it."""
     args = parse_args()
+    lr = args.lr  # a plain value: of one that an object holds, a changed run would not be told
     train, test = load_digits()
     steps = args.epochs * -(-len(train[0]) // args.batch)
     torch.manual_seed(args.seed)
@@ -86,8 +87,8 @@ def main() -> None:
         num_workers=args.workers,
         loss="cross_entropy",
         metrics=["accuracy"],
-        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=args.lr),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps),
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=lr),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps),
         batch=Batch(samples=args.batch),
         epochs=args.epochs,
         precision=args.precision,

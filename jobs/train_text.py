@@ -107,6 +107,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train, and say how many bits the model needs for a byte that it has not seen."""
     args = parse_args()
+    lr = args.lr  # a plain value: of one that an object holds, a changed run would not be told
     inputs, targets = windows(read_text(args.data))
     order = np.random.default_rng(0).permutation(len(inputs))
     test, train = np.split(order, [max(1, len(order) // 20)])
@@ -118,8 +119,8 @@ def main() -> None:
         (inputs[test], targets[test]),
         num_workers=args.workers,
         loss=loss,
-        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=args.lr),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps),
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=lr),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps),
         batch=Batch(samples=args.batch, clip_norm=1.0),
         epochs=None if args.steps else args.epochs,
         steps=args.steps,

@@ -62,10 +62,8 @@ def _warm(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    import ray
-
     from lepton_ray.cluster.connect import connect
-    from lepton_ray.cluster.names import CALL_TIMEOUT_S
+    from lepton_ray.cluster.names import answer
     from lepton_ray.cluster.scheduler import scheduler
     from lepton_ray.job import attach
 
@@ -73,7 +71,7 @@ def _status(options: argparse.Namespace) -> None:
         print(json.dumps(attach(options.name).status(), indent=2))
         return
     connect(1)
-    print(json.dumps(ray.get(scheduler().overview.remote(), timeout=CALL_TIMEOUT_S), indent=2))
+    print(json.dumps(answer(scheduler().overview.remote(), "the scheduler"), indent=2))
 
 
 def _stop(options: argparse.Namespace) -> None:

@@ -67,6 +67,8 @@ class Resources:
         if self.gpus is not None:
             _positive("Resources", "gpus", self.gpus, least=0)
         for name, amount in self.custom.items():
+            if name in ("CPU", "GPU", "memory"):
+                raise ConfigError(f"Resources(custom={self.custom!r}): use cpus and gpus for {name}.")
             _positive("Resources", f"custom[{name!r}]", amount, least=0)
 
 
@@ -111,11 +113,11 @@ class Checkpoints:
     """When the training state is written, and what is kept."""
 
     every_steps: int | None = None
-    """Steps between checkpoints. None: at the end of each epoch and at the end of the run."""
+    """Steps between checkpoints. None: at the end of each epoch, and ten times in a run of steps= that sees none."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     best: str | None = None
-    """A metric, for example "test_accuracy": the checkpoint with its best value is kept as well."""
+    """"train_loss" or a test metric such as "test_accuracy": the checkpoint with its best value is kept as well."""
     best_mode: Literal["auto", "min", "max"] = "auto"
     """Whether small or large is better. "auto": max when the name holds accuracy, auc, f1 or top, otherwise min."""
 

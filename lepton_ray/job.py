@@ -12,11 +12,12 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from lepton_ray import journal
+from lepton_ray.cluster import launch
 from lepton_ray.cluster.connect import connect
-from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE, controller_name
+from lepton_ray.cluster.names import answer
 from lepton_ray.errors import ConfigError, RunCancelled, RunFailed, WaitTimeout, WorkerFailed
 from lepton_ray.plan.membership import Outcome, Phase
 from lepton_ray.progress import Progress
@@ -55,7 +56,7 @@ class Job:
         """Return phase, outcome, generation and the newest step's numbers."""
         if self._controller is not None:
             with suppress(RayActorError):
-                return dict(ray.get(self._controller.status.remote(), timeout=CALL_TIMEOUT_S))
+                return dict(answer(self._controller.status.remote(), self._who()))
         ended = self._ended or _end_of(journal.read(Folder(self.path)))
         return {
             "name": self.name,
@@ -97,14 +98,21 @@ class Job:
         """Stop at the next step boundary, with a checkpoint. Returns at once; `wait` then raises RunCancelled."""
         if self._controller is not None:
             with suppress(RayActorError):
-                ray.get(self._controller.stop.remote(reason), timeout=CALL_TIMEOUT_S)
+                answer(self._controller.stop.remote(reason), self._who())
 
     def collect(self) -> tuple[list[dict[str, Any]], list[Any]]:
         """Wait for a job without a journal; return its records and what its workers predicted."""
-        records = list(self.events())
-        if records[-1]["outcome"] != Outcome.FINISHED:
-            self._conclude(records[-1])
-        outputs = ray.get(ray.get(self._controller.outputs.remote(), timeout=CALL_TIMEOUT_S))
+        records: list[dict[str, Any]] = []
+        is_over = False
+        try:
+            while not is_over:
+                fresh, _, is_over = answer(self._controller.events.remote(len(records)), self._who())
+                records += fresh
+            if records[-1]["outcome"] != Outcome.FINISHED:
+                self._conclude(records[-1])
+            outputs = ray.get(answer(self._controller.outputs.remote(), self._who()))
+        except RayError as error:
+            raise RunFailed(f"{self.name} was lost: {type(error).__name__}: {error}") from error
         self._controller.close.remote()
         return records, outputs
 
@@ -128,9 +136,8 @@ class Job:
         Returns them, the next position, and whether the last of them is the end.
         """
         try:
-            return ray.get(self._controller.events.remote(position), timeout=CALL_TIMEOUT_S)
-        except GetTimeoutError:
-            raise WaitTimeout(f"the controller of {self.name!r} did not answer within {CALL_TIMEOUT_S:g} s") from None
+            fresh, after, is_over = answer(self._controller.events.remote(position), self._who())
+            return fresh, after, is_over
         except RayActorError:
             ended = _end_of(journal.read(Folder(self.path)))
             if ended is None:
@@ -139,6 +146,9 @@ class Job:
                     "start the run again under its name to go on."
                 ) from None
             return [ended], position, True
+
+    def _who(self) -> str:
+        return f"the controller of {self.name!r}"
 
     def _conclude(self, ended: Mapping[str, Any]) -> Result:
         if self._controller is not None:
@@ -180,12 +190,10 @@ def attach(name: str) -> Job:
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError(f"no cluster to find job {name!r} on. Set RAY_ADDRESS, or call ray.init(address=...) first.")
     connect(1)
-    try:
-        controller = ray.get_actor(controller_name(name), namespace=NAMESPACE)
-    except ValueError:
-        raise ConfigError(f"no job named {name!r} is running on this cluster.") from None
-    status: Any = ray.get(controller.status.remote(), timeout=CALL_TIMEOUT_S)
-    return Job(name, status["path"], controller)
+    controller = launch.find(name)
+    if controller is None:
+        raise ConfigError(f"no job named {name!r} is running on this cluster.")
+    return Job(name, answer(controller.status.remote(), f"the controller of {name!r}")["path"], controller)
 
 
 class _Stop:

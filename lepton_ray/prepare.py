@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import re
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,8 @@ class Options:
     scheduler: Any
     metrics: Any
     step_fn: Any
+    transform: Any
+    collate: Any
     callbacks: Sequence[Any]
     epochs: int | None
     steps: int | None
@@ -55,6 +59,7 @@ class Options:
     checkpoints: Checkpoints
     validate_every: int | None
     threads: int
+    patience_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,7 @@ def prepare(model: Any, train: Source | Stream, test: Source | Stream | None, op
         raise ConfigError("test_data with step_fn needs loss=: it says what the evaluation measures.")
     if options.step_fn is not None and options.batch.clip_norm is not None:
         raise ConfigError("Batch(clip_norm=...) with step_fn: clip the gradients in step_fn itself.")
+    _check_best(options.checkpoints.best)
     if test is None:
         _check_no_test(options)
     packed = blueprint.pack(model)
@@ -119,16 +125,34 @@ def prepare(model: Any, train: Source | Stream, test: Source | Stream | None, op
         precision=options.precision,
         seed=options.seed,
         reproducible=options.reproducible,
-        checkpoints=options.checkpoints,
+        checkpoints=_checkpoints(train, batch, options),
         validate_every=options.validate_every,
         threads=options.threads,
+        patience_s=options.patience_s,
     )
     return Prepared(
         spec=spec,
         notes=[words.note] if words is not None and packed.kind == "module" else [],  # of a factory, the workers know
-        config=_config(spec, train, test, options, options.loss if words is None else words.loss),
+        config=_config(model, spec, train, test, options, options.loss if words is None else words.loss),
         total_steps=_total_steps(train, batch, epochs, options.steps),
     )
+
+
+def _check_best(best: str | None) -> None:
+    """Refuse a metric that no run has: whether a test_... exists, the first evaluation tells. Raises ConfigError."""
+    if best is not None and best != "train_loss" and not best.startswith("test_"):
+        raise ConfigError(
+            f"Checkpoints(best={best!r}): what is measured is train_loss and, on the test data, test_loss and a "
+            f'test_... of each metric. Did you mean "test_{best}"?'
+        )
+
+
+def _checkpoints(train: Source | Stream, batch: Batch, options: Options) -> Checkpoints:
+    """Fill in when to write checkpoints where no epoch may end in a run of `steps`: ten times."""
+    is_open = not isinstance(train, Source) or -(-len(train) // batch.samples) > (options.steps or 0)
+    if options.steps is None or options.checkpoints.every_steps is not None or not is_open:
+        return options.checkpoints
+    return replace(options.checkpoints, every_steps=-(-options.steps // 10))
 
 
 def _check_no_test(options: Options) -> None:
@@ -289,16 +313,18 @@ def _shapes(inputs: Any) -> str:
 
 
 def _config(
-    spec: TrainSpec, train: Source | Stream, test: Source | Stream | None, options: Options, loss: Any
+    model: Any, spec: TrainSpec, train: Source | Stream, test: Source | Stream | None, options: Options, loss: Any
 ) -> dict[str, Any]:
     return {
-        "model": spec.blueprint.facts,
+        "model": {**spec.blueprint.facts, "form": _form(model, spec.blueprint.kind)},
         "train_data": describe(train),
         "test_data": None if test is None else describe(test),
         "loss": identity(loss),
         "optimizer": identity(options.optimizer),
         "scheduler": identity(options.scheduler),
         "step_fn": identity(options.step_fn),
+        "transform": identity(options.transform),
+        "collate": identity(options.collate),
         "batch": asdict(spec.batch),
         "epochs": spec.epochs,
         "steps": spec.steps,
@@ -309,8 +335,19 @@ def _config(
     }
 
 
+def _form(model: Any, kind: str) -> str | None:
+    """Tell what a model does beside holding its weights, such as a Dropout's rate, as a digest."""
+    if kind == "factory":
+        return identity(model)
+    if kind == "keras":  # its text says little, and counts the models that were made before it
+        return None
+    return _digest(re.sub(r" at 0x[0-9a-f]+", "", repr(model)))
+
+
 def identity(value: Any) -> str | None:
-    """Describe a word or callable so that a changed one reads differently: its name and a digest of its code."""
+    """Describe a word or callable so that a changed one reads differently: its name, and a digest of its code and of
+    the plain values that it holds: defaults, what a function took from around it, the fields of an object.
+    """
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, keras_pack.Portable):
@@ -324,31 +361,39 @@ def identity(value: Any) -> str | None:
         return f"partial({identity(value.func)}, {value.args!r}, {options})"
     made = value if inspect.isfunction(value) or inspect.isclass(value) else type(value)
     name = f"{made.__module__}.{made.__qualname__}"
-    if not inspect.isfunction(value):
+    if inspect.isclass(value):
         return name
-    digest = hashlib.sha256()
-    _add_code(digest, value.__code__)
-    for cell in value.__closure__ or ():
-        digest.update(_plain_text(cell).encode())
-    return f"{name} {digest.hexdigest()[:12]}"
+    if inspect.isfunction(value):
+        around = zip(value.__code__.co_freevars, value.__closure__ or ())
+        held = {name: cell.cell_contents for name, cell in around if cell != types.CellType()}  # an unset one is empty
+        held |= {f"default {i}": default for i, default in enumerate(value.__defaults__ or ())}
+        text = _code_text(value.__code__) + _plain_text({**held, **(value.__kwdefaults__ or {})})
+    else:
+        text = _plain_text(getattr(value, "__dict__", {}))
+    return f"{name} {_digest(text)}" if text else name
 
 
-def _plain_text(cell: Any) -> str:
-    """Return the value that a function took from around it, if it is a plain one."""
-    try:
-        content = cell.cell_contents
-    except ValueError:  # not set yet
-        return ""
-    return repr(content) if isinstance(content, (str, int, float, bool, tuple)) else ""
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _add_code(digest: Any, code: Any) -> None:
-    digest.update(code.co_code)
-    for constant in (*code.co_names, *code.co_consts):
-        if inspect.iscode(constant):
-            _add_code(digest, constant)
-        else:
-            digest.update(repr(constant).encode())
+def _plain_text(held: Mapping[Any, Any]) -> str:
+    """Return the plain values among those that a function or an object holds, in the order of their names."""
+    plain = {name: content for name, content in held.items() if _is_plain(content)}
+    return str(sorted(map(repr, plain.items()))) if plain else ""
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, bytes, int, float, bool))
+
+
+def _code_text(value: Any) -> str:
+    """Return code and constants as a text that is the same in every process."""
+    if inspect.iscode(value):
+        return f"{value.co_code!r}{value.co_names!r}{[*map(_code_text, value.co_consts)]!r}"
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -16,6 +16,7 @@ from lepton_ray.config import Batch, Checkpoints, Faults, Parallel, Precision, R
 from lepton_ray.data.sources import Source, Stream, make_source, spare_cpus
 from lepton_ray.errors import ConfigError
 from lepton_ray.job import Job
+from lepton_ray.plan.types import Slot
 from lepton_ray.prepare import Options, Prepared, difference, prepare, with_place
 from lepton_ray.progress import say
 from lepton_ray.result import Result
@@ -114,6 +115,8 @@ class DistributedTrainer:
                 scheduler=scheduler,
                 metrics=metrics,
                 step_fn=step_fn,
+                transform=transform,
+                collate=collate,
                 callbacks=callbacks,
                 epochs=epochs,
                 steps=steps,
@@ -125,6 +128,7 @@ class DistributedTrainer:
                 checkpoints=checkpoints,
                 validate_every=validate_every,
                 threads=max(1, int(resources.cpus)),
+                patience_s=faults.collective_timeout_s,
             ),
         )
 
@@ -143,7 +147,10 @@ class DistributedTrainer:
         return self._submit(has_lease=False)
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
-        """Return loss and metrics on `data` (by default the test data) with the trained weights, or the first ones."""
+        """Return loss and metrics on `data` (by default the test data).
+
+        With the weights of the trained model, of the newest checkpoint, or the first ones, whichever there are.
+        """
         source = self._side_source(data)
         records, _ = self._side_job("evaluate", source)
         found = next(record for record in records if record["event"] == "evaluated")
@@ -165,42 +172,41 @@ class DistributedTrainer:
             finished = self._earlier(self._name, self._storage.sub(self._name))
             if isinstance(finished, Job):
                 return finished
-        launch.connect(self._num_workers, self._resources.cpus, self._spare_cpus())
-        slot = launch.check_room(self._num_workers, self._resources, self._spare_cpus())
-        storage = self._storage or launch.default_storage(DEFAULT_STORAGE)
-        self._storage = storage
+        spare = max(spare_cpus(source) for source in (self._train, self._test) if source is not None)
+        slot = self._connect(spare)
+        storage = self._storage = self._storage or launch.default_storage(DEFAULT_STORAGE)
         name = self._name = self._name or _new_name()
         folder = storage.sub(name)
         folder.probe()
+        running = launch.running(name)  # waits for one that is just ending: it may have finished
         earlier = self._earlier(name, folder)
         if isinstance(earlier, Job):
             return earlier
-        running = launch.running(name)
-        if running is not None:
-            return Job(name, folder.url, running, self._model, on_result=self._take_weights)
-        earlier = self._earlier(name, folder)  # a run that was just ending has written more by now
-        if isinstance(earlier, Job):
-            return earlier
-        if earlier == 0:
-            with_header = journal.Journal(folder)
-            with_header.append("header", **self._header(name))
-            with_header.close()
-        say(self._prepared.notes)
-        controller = launch.start(
-            spec=with_place(self._prepared.spec, name, folder.url),
-            train_source=self._train,
-            test_source=self._test,
-            num_workers=self._num_workers,
-            slot=slot,
-            faults=self._faults,
-            has_lease=has_lease,
-            generation=earlier,
-        )
-        return Job(name, folder.url, controller, self._model, on_result=self._take_weights)
+        if running is None:
+            say(self._prepared.notes)
+            running, is_new = launch.start(
+                spec=with_place(self._prepared.spec, name, folder.url),
+                train_source=self._train,
+                test_source=self._test,
+                num_workers=self._num_workers,
+                slot=slot,
+                spare_cpus=spare,
+                faults=self._faults,
+                has_lease=has_lease,
+                generation=earlier,
+                header=None if earlier else self._header(name),
+            )
+            if not is_new:  # another driver was faster: was it with the same configuration?
+                launch.running(name)
+                self._earlier(name, folder)
+        return Job(name, folder.url, running, self._model, on_result=self._take_weights)
 
-    def _spare_cpus(self) -> int:
-        """Count the CPUs that the data need beside the workers."""
-        return max(spare_cpus(source) for source in (self._train, self._test) if source is not None)
+    def _connect(self, spare: int) -> Slot:
+        """Reach a cluster with room for the workers and `spare` more CPUs; return what a worker gets."""
+        from lepton_ray.cluster import launch
+
+        launch.connect(self._num_workers, self._resources.cpus, spare)
+        return launch.check_room(self._num_workers, self._resources, spare)
 
     def _earlier(self, name: str, folder: Folder) -> Job | int:
         """Return a finished run of this name, or the last generation of an unfinished one (0: there is none).
@@ -220,6 +226,7 @@ class DistributedTrainer:
             )
         ended = next((r for r in records if r["event"] == "ended" and r["outcome"] == "finished"), None)
         if ended is not None:
+            say([f"{name} has finished before: this is its result. Use another name to train again."])
             return Job.finished(name, folder.url, ended, self._model, on_result=self._take_weights)
         return max((int(record.get("generation", 0)) for record in records), default=0) or 1
 
@@ -250,22 +257,24 @@ class DistributedTrainer:
         """Run a job without a journal on the same workers; return its records and outputs."""
         from lepton_ray.cluster import launch
 
-        launch.connect(self._num_workers, self._resources.cpus, self._spare_cpus())
+        spare = spare_cpus(source)
+        slot = self._connect(spare)
         storage = self._storage or launch.default_storage(DEFAULT_STORAGE)
         run_url = storage.sub(self._name or _new_name()).url
         name = f"{os.path.basename(run_url)}.{mode}-{secrets.token_hex(3)}"
-        spec = replace(with_place(self._prepared.spec, name, run_url), mode=mode)
-        controller = launch.start(
-            spec=spec,
+        controller, _ = launch.start(
+            spec=replace(with_place(self._prepared.spec, name, run_url), mode=mode),
             train_source=None,
             test_source=source,
             num_workers=self._num_workers,
-            slot=launch.check_room(self._num_workers, self._resources, self._spare_cpus()),
+            slot=slot,
+            spare_cpus=spare,
             faults=self._faults,
             has_lease=True,
-            generation=0,
         )
-        return Job(name, run_url, controller).collect()
+        records, outputs = Job(name, run_url, controller).collect()
+        say([record["text"] for record in records if record["event"] == "note"])
+        return records, outputs
 
 
 def _batch(batch: int | Batch) -> Batch:

@@ -20,18 +20,21 @@ settings.load_profile("busy")
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """Start a local Ray with 6 CPUs for the whole session."""
+    """Start a local Ray with 6 CPUs for the whole session, with the processes that ours has."""
     import ray
 
+    from lepton_ray.cluster.connect import _without_idle_services
+
     folder = tempfile.mkdtemp(prefix="lr", dir="/tmp")  # short: Ray puts sockets into it
-    ray.init(
-        address="local",
-        num_cpus=6,
-        include_dashboard=False,
-        namespace="lepton_ray",
-        log_to_driver=False,
-        _temp_dir=folder,
-    )
+    with _without_idle_services():
+        ray.init(
+            address="local",
+            num_cpus=6,
+            include_dashboard=False,
+            namespace="lepton_ray",
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

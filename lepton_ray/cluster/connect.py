@@ -28,7 +28,9 @@ def connect(num_workers: int, cpus: float = 1, spare_cpus: int = 0) -> bool:
     otherwise a local one starts, with room for `num_workers` of `cpus` and `spare_cpus` more, whatever the machine has.
     It never joins another cluster that happens to run on this machine.
     """
+    needed = math.ceil(num_workers * cpus) + spare_cpus
     if ray.is_initialized():
+        _check_own(ray.get_runtime_context().gcs_address, needed)
         return False
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice on machines without GPU
@@ -37,7 +39,7 @@ def connect(num_workers: int, cpus: float = 1, spare_cpus: int = 0) -> bool:
             _knock(address)
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
             return False
-        room = max(os.cpu_count() or 1, math.ceil(num_workers * cpus) + spare_cpus)
+        room = max(os.cpu_count() or 1, needed)
         with _without_idle_services():
             ray.init(
                 address="local",
@@ -47,10 +49,24 @@ def connect(num_workers: int, cpus: float = 1, spare_cpus: int = 0) -> bool:
                 log_to_driver=False,
                 logging_level=logging.ERROR,  # a warning about the token of a cluster that nobody else will use
             )
+        _own_rooms[ray.get_runtime_context().gcs_address] = room
         return True
     except (ConnectionError, RuntimeError) as error:
         where = f"RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"cannot reach {where}: {error}") from error
+
+
+_own_rooms: dict[str, int] = {}
+"""CPUs of the Rays that this process has started, by address."""
+
+
+def _check_own(address: str, needed: int) -> None:
+    """Say what to do where an earlier, smaller trainer has started the Ray that this process is in."""
+    if needed > _own_rooms.get(address, needed):
+        raise ConfigError(
+            f"this needs {needed} CPUs, and the local Ray that an earlier trainer of this process has started has "
+            f"{_own_rooms[address]}. Call ray.shutdown() first (it ends what still runs there): the next one is larger."
+        )
 
 
 SPARED: Sequence[tuple[Any, str, Callable[..., Any]]] = (

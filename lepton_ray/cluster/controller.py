@@ -1,14 +1,18 @@
 """The controller actor of one job: asks `plan.membership` what to do, does it, and writes the journal.
 
-It is named and detached, so that it does not die with the driver. A driver that holds a lease (`train()`) must keep
+It is named and detached, so that it does not die with the driver. It may start before it has a job (see the scheduler's
+spare ones), takes one, and ends with it. A driver that holds a lease (`train()`) must keep
 asking for events; when it falls silent the run stops at the next step boundary, with a checkpoint.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
+import secrets
+import sys
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
@@ -17,12 +21,10 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE, controller_name
-from lepton_ray.cluster.scheduler import Granted as Places
-from lepton_ray.cluster.scheduler import Held, free, scheduler
-from lepton_ray.cluster.worker import THREADS, Assignment, Worker
+from lepton_ray.cluster.names import CALL_TIMEOUT_S, CONTROLLER_PREFIX, SERVICE
+from lepton_ray.cluster.scheduler import Held, Places, free, scheduler
+from lepton_ray.cluster.worker import Assignment, new_worker
 from lepton_ray.config import Faults
 from lepton_ray.journal import Journal
 from lepton_ray.plan import membership
@@ -39,7 +41,11 @@ RESET_S = 5.0
 """A worker that needs longer to forget its job is ended."""
 LINGER_S = 30.0
 """How long an ended run waits for its driver to read the end."""
+OUTPUTS_S = 600.0
+"""How long predictions wait for their driver to fetch them all; this actor owns them."""
 TICK_S = 0.5
+JOBLESS_S = 60.0
+"""A controller without a job ends when nobody has told it to stay for so long."""
 HELD_RECORDS = 10_000
 """Newest records that are kept for whoever follows the run."""
 EVENTS_WAIT_S = 5.0
@@ -62,25 +68,31 @@ class Order:
     generation: int
     """The last one of the run's earlier lives."""
     path: Sequence[str]
-    writes_journal: bool
+    """The driver's import path."""
+    spare_cpus: int
+    header: dict[str, Any] | None
+    """What the journal of a new run begins with."""
 
 
 class Controller:
     """One life of a run. All methods run on one event loop; `_advance` is the only writer of the state."""
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
+    _order: Order
+
+    def __init__(self) -> None:
+        self._began = asyncio.Event()
         self._records: list[dict[str, Any]] = []
         self._forgotten = 0
         """Records that are in the journal only."""
         self._news, self._read = asyncio.Event(), asyncio.Event()
-        self._journal = Journal(Folder(order.run_url)) if order.writes_journal else None
+        self._journal: Journal | None = None
         self._refs: dict[str, Any] = {}
         self._places: list[Held] = []
         self._workers: list[Any] = []
         self._outputs: list[Any] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._driver_seen_s = time.monotonic()
+        self._is_over = False
         self._run: membership.Run | None = None
         self._recorded: dict[int, int] = {}
         """Steps that the journal holds the work of, per rank."""
@@ -93,36 +105,46 @@ class Controller:
     async def ping(self) -> None:
         """Answer: whoever holds a lease on this actor learns that it lives."""
 
-    async def begin(self, spec: Any, train_source: Any, test_source: Any) -> None:
-        """Start the run. The arguments are lists of one ObjectRef (so that Ray passes the reference), or of none."""
-        self._refs = {
-            name: await self._keep(refs)
-            for name, refs in (("spec", spec), ("train_source", train_source), ("test_source", test_source))
-        }
-        limits = membership.Limits(
-            admit_s=self._order.faults.admit_timeout_s,
-            start_s=self._order.faults.start_timeout_s,
-            form_s=self._order.faults.start_timeout_s,
-        )
-        self._run, commands = membership.begin(
-            self._order.num_workers, limits, self._order.generation, time.monotonic()
-        )
+    async def stay(self) -> None:
+        """Wait on for a job."""
+        self._driver_seen_s = time.monotonic()
+
+    async def begin(self, order: Order, spec: Any, train_source: Any, test_source: Any) -> None:
+        """Start the run. spec and sources are lists of one ObjectRef (so that Ray passes the reference), or of none."""
+        self._order = order
+        self._driver_seen_s = time.monotonic()
+        limits = membership.Limits(admit_s=order.faults.admit_timeout_s, start_s=order.faults.start_timeout_s)
+        self._run, commands = membership.begin(order.num_workers, limits, order.generation, time.monotonic())
+        await self._watched(self._set_up(commands, spec=spec, train_source=train_source, test_source=test_source))
+        self._began.set()
+
+    async def _set_up(self, commands: Sequence[Command], **references: Sequence[Any]) -> None:
+        if self._order.mode == "train":
+            self._journal = Journal(Folder(self._order.run_url))
+        if self._order.header is not None:
+            self._write([{"event": "header", **self._order.header}])
+        if self._journal:
+            await asyncio.to_thread(self._journal.flush)  # workers and other drivers look for it
+        sys.path[:0] = [entry for entry in self._order.path if entry not in sys.path]
+        self._refs = {name: await self._keep(refs) for name, refs in references.items()}
         await self._obey(commands)
 
     async def events(self, position: int) -> tuple[list[dict[str, Any]], int, bool]:
         """Wait a moment for records from `position` on; return them, the next position, and whether the run is over."""
+        await self._began.wait()
         self._driver_seen_s = time.monotonic()
         wait_s = min(EVENTS_WAIT_S, self._order.faults.lease_s / 3)
-        if self._forgotten + len(self._records) <= position and not self._is_over():
+        if self._forgotten + len(self._records) <= position and not self._is_over:
             self._news.clear()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._news.wait(), wait_s)
             self._driver_seen_s = time.monotonic()
         fresh = self._records[max(0, position - self._forgotten) :]
-        return fresh, self._forgotten + len(self._records), self._is_over()
+        return fresh, self._forgotten + len(self._records), self._is_over
 
     async def status(self) -> dict[str, Any]:
         """Return phase, generation, outcome and the newest step record."""
+        await self._began.wait()
         run = self._run
         last: dict[str, Any] = next((r for r in reversed(self._records) if r["event"] == "step"), {})
         return {
@@ -139,19 +161,22 @@ class Controller:
 
     async def stop(self, reason: str) -> None:
         """Stop at the next step boundary, with a checkpoint."""
+        await self._began.wait()
         await self._advance(membership.StopAsked(reason))
 
     async def outputs(self) -> list[Any]:
-        """Return references to what the workers predicted, one per rank."""
+        """Return references to what the workers predicted."""
         return self._outputs
 
-    async def places(self) -> list[Held]:
-        """Return what this run holds: a scheduler that starts asks for it."""
-        return [] if self._is_over() else self._places
+    async def places(self) -> tuple[str, list[Held]]:
+        """Return the name of the job ("" before there is one) and what it holds, to a scheduler that starts."""
+        if self._run is None:
+            return "", []
+        return self._order.name, [] if self._is_over else self._places
 
     async def waits(self, reason: str) -> None:
         """Take the scheduler's word on why the run has no workers yet."""
-        if self._run is None or self._run.phase is Phase.WAITING:
+        if self._run is not None and self._run.phase is Phase.WAITING:
             self._waits_for = reason
             self._write([{"event": "phase", "phase": Phase.WAITING.value, "reason": reason}])
 
@@ -214,21 +239,27 @@ class Controller:
     async def _ask(self) -> None:
         """Ask the scheduler; when it ends meanwhile, ask the next one."""
         order = self._order
-        request = Request(job=order.name, workers=order.num_workers, slot=order.slot, environment=order.environment)
-        own = ray.get_actor(controller_name(order.name), namespace=NAMESPACE)
+        request = Request(
+            job=order.name,
+            workers=order.num_workers,
+            slot=order.slot,
+            environment=order.environment,
+            spare_cpus=order.spare_cpus,
+        )
+        own = ray.get_runtime_context().current_actor
         for attempt in range(ASK_AGAIN + 1):
             try:
                 self._scheduler = scheduler()
                 answer: Places | Refuse = await self._scheduler.admit.remote(request, own)
                 break
             except RayActorError:
-                if attempt == ASK_AGAIN or self._is_over():
+                if attempt == ASK_AGAIN or self._is_over:
                     raise
         if isinstance(answer, Refuse):
             await self._advance(membership.Refused(answer.reason))
             return
         self._places = answer.places
-        if self._is_over():  # it was cancelled while the answer travelled
+        if self._is_over:  # it was cancelled while the answer travelled
             await self._let_go(is_reusable=False)
             return
         self._write([{"event": "admitted", "reason": answer.reason}])
@@ -236,30 +267,11 @@ class Controller:
 
     def _start(self) -> None:
         """Create the workers that are not warm yet, and take the lease on all."""
-        own = ray.get_actor(controller_name(self._order.name), namespace=NAMESPACE)
-        self._workers = [held.actor or self.create(held) for held in self._places]
+        own = ray.get_runtime_context().current_actor
+        self._workers = [held.actor or new_worker(held) for held in self._places]
         for worker in self._workers:
             worker.lend.remote(own, self._order.faults.lease_s)
         self._each(Phase.STARTING, [worker.prepare.remote() for worker in self._workers])
-
-    @staticmethod
-    def create(held: Held) -> Any:
-        """Start a worker actor in its place."""
-        resources = dict(held.slot.resources)
-        return (
-            ray.remote(Worker)
-            .options(
-                name=held.name,
-                namespace=NAMESPACE,
-                lifetime="detached",
-                num_cpus=resources.pop("CPU", 0),
-                num_gpus=resources.pop("GPU", 0),
-                resources=resources,
-                max_concurrency=THREADS,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(held.group),
-            )
-            .remote()
-        )
 
     def _form(self, generation: int) -> None:
         world = len(self._workers)
@@ -303,10 +315,12 @@ class Controller:
     async def _end(self, outcome: Outcome, failure: Failure | None, reason: str | None) -> None:
         if outcome is Outcome.FINISHED and self._order.mode == "predict":
             self._outputs = [worker.outputs.remote() for worker in self._workers]
-            await asyncio.gather(*self._outputs)
+            # The driver fetches them, and sees what may have gone wrong with one.
+            wait = functools.partial(ray.wait, num_returns=len(self._outputs), timeout=OUTPUTS_S, fetch_local=False)
+            await asyncio.to_thread(wait, self._outputs)
         fields = {} if failure is None else {"failure": asdict(failure)}
         try:
-            is_reusable = outcome is Outcome.FINISHED or _is_users(failure)
+            is_reusable = outcome is Outcome.FINISHED or (failure is not None and failure.is_users)
             if is_reusable:
                 self._scheduler.ending.remote(self._order.name)
             self._write([{"event": "ended", "outcome": outcome.value, "reason": reason, **fields}])
@@ -320,9 +334,10 @@ class Controller:
         """End this actor when the driver has read the end, or will not."""
         is_driver_gone = self._order.has_lease and self._silent_s() > self._order.faults.lease_s
         if not is_driver_gone:
-            await asyncio.wait([asyncio.create_task(self._read.wait())], timeout=LINGER_S)
+            limit_s = OUTPUTS_S if self._outputs else LINGER_S
+            await asyncio.wait([asyncio.create_task(self._read.wait())], timeout=limit_s)
         # `exit_actor` works in a method that a caller waits for only.
-        ray.kill(ray.get_actor(controller_name(self._order.name), namespace=NAMESPACE))
+        ray.kill(ray.get_runtime_context().current_actor)
 
     async def _let_go(self, is_reusable: bool) -> None:
         """Hand the workers that are as good as new to the pool; end all others."""
@@ -339,6 +354,11 @@ class Controller:
         except RayError:  # the scheduler is gone
             for held in self._places:
                 free(held)
+            return
+        environment = self._order.environment
+        with suppress(RayError):
+            if warm and await self._scheduler.wants_spare.remote(environment):
+                await self._scheduler.keep_spare.remote(new_controller(), environment)
 
     async def _reset(self, worker: Any) -> bool:
         """Have a worker forget the job; return whether another job may use it."""
@@ -351,12 +371,12 @@ class Controller:
         return bool(is_fit)
 
     async def _tick(self) -> None:
-        while not self._is_over():
+        while not self._is_over:
             await asyncio.sleep(TICK_S)
             silent_s = self._silent_s()
             if self._run is None:
-                if silent_s > self._order.faults.start_timeout_s:  # its driver died before it could begin
-                    await self._leave()
+                if silent_s > JOBLESS_S:
+                    ray.kill(ray.get_runtime_context().current_actor)
                 continue
             if self._order.has_lease and silent_s > self._order.faults.lease_s:
                 await self._advance(membership.StopAsked(f"the driver was silent for {silent_s:.0f} s"))
@@ -373,11 +393,11 @@ class Controller:
             return None
         return refs[0] if self._order.has_lease else ray.put(await refs[0])
 
-    def _is_over(self) -> bool:
-        return bool(self._records) and self._records[-1]["event"] == "ended"
-
     def _write(self, records: Sequence[dict[str, Any]]) -> None:
-        """Put records into the journal and before whoever waits for them."""
+        """Put records into the journal and before whoever waits for them; the end is the last of them."""
+        if self._is_over:
+            return
+        self._is_over = records[-1]["event"] == "ended"
         stamped = [{"t": round(time.time(), 3), **record} for record in records]
         self._records += stamped
         if len(self._records) > 2 * HELD_RECORDS:
@@ -400,13 +420,8 @@ class Controller:
             log.exception("the controller of %s failed", self._order.name)
             failure = Failure(message=f"controller: {type(error).__name__}: {error}")
             await self._advance(membership.Broke(failure))
-            if not self._is_over():  # it failed while it ended
+            if not self._is_over:  # it failed while it ended
                 self._write([{"event": "ended", "outcome": Outcome.FAILED.value, "failure": asdict(failure)}])
-
-
-def _is_users(failure: Failure | None) -> bool:
-    """Tell an error of the user's code in a step, after which the next try may have the same processes."""
-    return failure is not None and failure.step is not None and not failure.is_echo
 
 
 def _what_happened(error: RayError) -> str:
@@ -414,3 +429,8 @@ def _what_happened(error: RayError) -> str:
     if isinstance(error, RayTaskError):
         return f"failed: {type(error.cause).__name__}: {error.cause}"
     return f"died: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+
+
+def new_controller() -> Any:
+    """Start a controller actor that has no job yet."""
+    return ray.remote(Controller).options(name=f"{CONTROLLER_PREFIX}{secrets.token_hex(6)}", **SERVICE).remote()

@@ -7,16 +7,16 @@ import sys
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError
 
 from lepton_ray.cluster.connect import connect as connect
 from lepton_ray.cluster.connect import nodes
-from lepton_ray.cluster.controller import Controller, Order
-from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE, controller_name
+from lepton_ray.cluster.controller import Order, new_controller
+from lepton_ray.cluster.names import CALL_TIMEOUT_S, CONTROLLER_PREFIX, SCHEDULER, actor_names, answer, named_actor
 from lepton_ray.cluster.scheduler import scheduler
 from lepton_ray.config import Faults, Resources
 from lepton_ray.data.sources import Source, Stream
-from lepton_ray.errors import ConfigError, WaitTimeout
+from lepton_ray.errors import ConfigError
 from lepton_ray.plan.allocate import fit, shortage
 from lepton_ray.plan.membership import Phase
 from lepton_ray.plan.types import Request, Slot
@@ -30,6 +30,8 @@ def check_room(num_workers: int, resources: Resources, spare_cpus: int) -> Slot:
     spare_cpus: CPUs that the data need beside the workers.
     Raises ConfigError when the whole cluster, empty, could not hold all that.
     """
+    if not any((resources.cpus, resources.gpus is None or resources.gpus, *resources.custom.values())):
+        raise ConfigError("Resources(...) asks for nothing, so Ray could put any number of workers anywhere.")
     found = nodes()
     gpus = resources.gpus
     if gpus is None:
@@ -61,20 +63,29 @@ def default_storage(folder: str) -> Folder:
 
 def running(name: str) -> Any:
     """Return the controller of a running job, or None. One that is stopping is waited for."""
+    controller, of = find(name), f"the controller of {name!r}"
+    if controller is None:
+        return None
     try:
-        controller = ray.get_actor(controller_name(name), namespace=NAMESPACE)
-        status: Any = ray.get(controller.status.remote(), timeout=CALL_TIMEOUT_S)
+        status = answer(controller.status.remote(), of)
         if status["phase"] == Phase.STOPPING.value:
             position, is_over = 0, False
             while not is_over:  # the stop has a time limit of its own
-                _, position, is_over = ray.get(controller.events.remote(position), timeout=CALL_TIMEOUT_S)
-            status = ray.get(controller.status.remote(), timeout=CALL_TIMEOUT_S)
-    except (ValueError, RayActorError):
+                _, position, is_over = answer(controller.events.remote(position), of)
+            status = answer(controller.status.remote(), of)
+    except RayActorError:
         return None
     if status["outcome"] is None:
         return controller
     ray.kill(controller)  # it only waits for a driver to read the end, which is in the journal
     return None
+
+
+def find(name: str) -> Any:
+    """Return the controller of a job, running or just ended, or None."""
+    if not any(each.startswith(CONTROLLER_PREFIX) for each in actor_names()):
+        return None  # a scheduler need not start to find that out
+    return _ask_scheduler("find", CALL_TIMEOUT_S, name)
 
 
 def start(
@@ -84,12 +95,19 @@ def start(
     test_source: Source | Stream | None,
     num_workers: int,
     slot: Slot,
+    spare_cpus: int,
     faults: Faults,
     has_lease: bool,
-    generation: int,
-) -> Any:
-    """Start a job's controller, hand it the job, and return it."""
-    scheduler()  # both processes start at the same time
+    generation: int = 0,
+    header: dict[str, Any] | None = None,
+) -> tuple[Any, bool]:
+    """Give a job to a controller; return it, and whether that is new: another driver may have been faster.
+
+    header: what the journal begins with, unless it is there already.
+    """
+    offered = None
+    if named_actor(SCHEDULER) is None:  # both processes start at the same time
+        offered, _ = new_controller(), scheduler()
     order = Order(
         name=spec.name,
         run_url=spec.run_url,
@@ -101,32 +119,35 @@ def start(
         has_lease=has_lease,
         generation=generation,
         path=[entry for entry in sys.path if entry and os.path.isabs(entry)],
-        writes_journal=spec.mode == "train",
+        spare_cpus=spare_cpus,
+        header=header,
     )
-    try:
-        controller: Any = (
-            ray.remote(Controller)
-            .options(
-                name=controller_name(spec.name),
-                namespace=NAMESPACE,
-                lifetime="detached",
-                num_cpus=0,
-                max_concurrency=1000,
-            )
-            .remote(order)
-        )
-    except ValueError:  # another driver was faster
-        return ray.get_actor(controller_name(spec.name), namespace=NAMESPACE)
     held = [[] if value is None else [ray.put(value)] for value in (spec, train_source, test_source)]
     try:
-        ray.get(controller.begin.remote(*held), timeout=faults.start_timeout_s)
-    except GetTimeoutError:
-        ray.kill(controller)
-        raise WaitTimeout(
-            f"the cluster did not start the controller of {spec.name!r} within {faults.start_timeout_s:g} s "
-            "(Faults.start_timeout_s)."
-        ) from None
-    return controller
+        claimed = _ask_scheduler("claim", faults.start_timeout_s, order, held, offered)
+        if claimed is None:
+            offered = new_controller()
+            claimed = _ask_scheduler("claim", faults.start_timeout_s, order, held, offered)
+    except BaseException:
+        if offered is not None:
+            ray.kill(offered)
+        raise
+    controller, is_new = claimed
+    if offered is not None and controller != offered:
+        ray.kill(offered)
+    return controller, is_new
+
+
+def _ask_scheduler(method: str, limit_s: float, *args: Any) -> Any:
+    """Ask the scheduler; when it ends meanwhile (it was idle), ask the next one, once."""
+    question = getattr(scheduler(), method).remote(*args)
+    try:
+        return answer(question, "the scheduler", limit_s)
+    except RayActorError:
+        return answer(getattr(scheduler(), method).remote(*args), "the scheduler", limit_s)
+    except BaseException:
+        ray.cancel(question)
+        raise
 
 
 def environment() -> str:

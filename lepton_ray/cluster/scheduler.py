@@ -1,23 +1,26 @@
-"""The scheduler actor: one per cluster, owner of all placement groups and of the pool of warm workers.
+"""The scheduler actor: one per cluster, owner of all placement groups and of the pool of warm processes.
 
-It asks `plan.allocate` what to do and does it. One placement group holds one replica, since Ray cannot resize them.
-Nothing here is durable: a scheduler that starts asks the running controllers what they hold, and frees the groups that
-nobody holds. Workers that were warm under a dead one end with its lease.
+It knows which controller has which job, so that everybody finds a job by its name. It asks `plan.allocate` what to do
+and does it. One placement group holds one replica, since Ray cannot resize them. Nothing here is durable: a scheduler
+that starts asks the running controllers what they hold, and frees the groups that nobody holds. Workers that were warm
+under a dead one end with its lease.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
-from ray.util import get_placement_group, list_named_actors
+from ray.util import get_placement_group
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -26,15 +29,26 @@ from ray.util.placement_group import (
 )
 
 from lepton_ray.cluster.connect import nodes
-from lepton_ray.cluster.names import CALL_TIMEOUT_S, JOB_PREFIX, NAMESPACE, SCHEDULER
+from lepton_ray.cluster.names import (
+    CALL_TIMEOUT_S,
+    CONTROLLER_PREFIX,
+    SCHEDULER,
+    SERVICE,
+    actor_names,
+    named_actor,
+)
 from lepton_ray.plan.allocate import Grant, Refuse, Wait, Warm, admit
 from lepton_ray.plan.types import Node, Request, Slot
+
+log = logging.getLogger(__name__)
 
 GROUP_PREFIX = "worker:"
 POOL_S = 60.0
 """How long a finished job's workers are kept for the next one."""
 IDLE_EXIT_S = 120.0
 """The scheduler ends when it had nothing to look after for so long; the next job starts another."""
+ANSWER_S = 10.0
+"""How long a controller may take to tell a scheduler that starts what it holds; then it is asked again."""
 WATCH_S = 1.0
 """Period of the look after dead jobs and old workers."""
 COMES_BACK_S = 3.0
@@ -59,6 +73,7 @@ class Held:
 class _Job:
     controller: Any  # a Ray actor handle
     held: list[Held] = field(default_factory=list)
+    spare_cpus: int = 0
     told: str = ""
     ends_by_s: float = 0.0
     """Its workers are expected back by then."""
@@ -70,8 +85,17 @@ class _Job:
             self.controller.waits.remote(reason)
 
 
+@dataclass(slots=True)
+class _Spare:
+    """A controller without a job, for the next one: starting a process takes half a second."""
+
+    controller: Any  # a Ray actor handle
+    environment: str
+    expires_s: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Granted:
+class Places:
     """What a controller gets: places, those with an actor first."""
 
     places: list[Held]
@@ -83,28 +107,80 @@ class Scheduler:
 
     def __init__(self, pool_s: float = POOL_S, idle_exit_s: float = IDLE_EXIT_S) -> None:
         self._pool_s, self._idle_exit_s = pool_s, idle_exit_s
+        self._controllers: dict[str, Any] = {}
         self._jobs: dict[str, _Job] = {}
+        """Those that wait for workers or hold some."""
         self._pool: list[Held] = []
+        self._spares: list[_Spare] = []
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._orphans = _group_names()
+        """Groups of a dead scheduler; until all controllers have said what they hold, nobody knows whose they are."""
         self._idle_since_s = time.monotonic()
         loop = asyncio.get_event_loop()
-        self._found = loop.create_task(self._find())
+        self._found = loop.create_task(self._learn())
         self._watch = loop.create_task(self._look_after())
 
     async def ping(self) -> None:
         """Answer: whoever holds a lease on this actor learns that it lives."""
 
-    async def waits(self, reason: str) -> None:
-        """Take the reason of a wait in the scheduler's own name (see `warm`), which nobody reads."""
-
-    async def admit(self, request: Request, controller: Any) -> Granted | Refuse:
-        """Wait for the job's turn and for room; then return its places, or say why it can never run."""
+    async def find(self, job: str) -> Any:
+        """Return the controller that has a job of this name, or None."""
         await self._found
-        earlier = self._jobs.get(request.job)
-        if earlier is not None and earlier.controller != controller:  # an earlier life, whose controller is dead
+        while (controller := self._controllers.get(job)) is not None:
+            if await _is_alive(controller):
+                return controller
+            if self._controllers.get(job) is controller:
+                del self._controllers[job]
+        return None
+
+    async def claim(self, order: Any, references: Sequence[Any], offered: Any) -> tuple[Any, bool] | None:
+        """Have a controller begin a job; return it, and whether the job is new.
+
+        order, references: what `Controller.begin` takes. offered: a controller without a job; when that is None a spare
+        one gets the job, and None is returned if there is none of the order's environment.
+        """
+        known = await self.find(order.name)  # nothing else runs between its last look and the entry below
+        if known is not None:
+            return known, False
+        controller = offered
+        if controller is None:
+            spare = next((spare for spare in self._spares if spare.environment == order.environment), None)
+            if spare is None:
+                return None
+            self._spares.remove(spare)
+            controller = spare.controller
+        self._controllers[order.name] = controller
+        try:
+            await controller.begin.remote(order, *references)
+        except BaseException as error:  # it died, or the driver has given up
+            ray.kill(controller)
+            if self._controllers.get(order.name) is controller:
+                del self._controllers[order.name]
+            if offered is None and isinstance(error, RayActorError):
+                return None
+            raise
+        return controller, True
+
+    async def wants_spare(self, environment: str) -> bool:
+        """Tell whether there is no spare controller of this environment."""
+        return all(spare.environment != environment for spare in self._spares)
+
+    async def keep_spare(self, controller: Any, environment: str, keep_s: float | None = None) -> None:
+        """Keep a controller that has no job (any more) for the next job."""
+        self._controllers = {job: other for job, other in self._controllers.items() if other != controller}
+        expires_s = time.monotonic() + (self._pool_s if keep_s is None else keep_s)
+        self._spares.append(_Spare(controller, environment, expires_s))
+
+    async def admit(self, request: Request, controller: Any) -> Places | Refuse:
+        """Wait for the job's turn and for room; then return its places, or say why it can never run."""
+        known = await self.find(request.job)
+        if known is not None and known != controller:
+            return Refuse(reason=f"another controller has {request.job}")
+        self._controllers[request.job] = controller
+        if request.job in self._jobs:  # of an earlier life; or it asks again, since our answer was lost
             await self.release(request.job)
-        job = self._jobs[request.job] = _Job(controller)
+        job = self._jobs[request.job] = _Job(controller, spare_cpus=request.spare_cpus)
         try:
             if self._turn.locked():
                 job.tell(f"{request.job} waits for its turn, behind a job that came before it")
@@ -149,10 +225,11 @@ class Scheduler:
         return {
             "pid": os.getpid(),
             "jobs": {name: len(job.held) for name, job in self._jobs.items()},
-            "warm": [{"slot": held.slot.key(), "seconds_left": held.expires_s - now} for held in self._pool],
+            "spare_controllers": len(self._spares),
+            "warm": [{"slot": str(held.slot), "seconds_left": held.expires_s - now} for held in self._pool],
         }
 
-    async def _grant(self, request: Request, job: _Job) -> Granted | Refuse:
+    async def _grant(self, request: Request, job: _Job) -> Places | Refuse:
         while self._jobs.get(request.job) is job:
             self._changed.clear()
             pool = [Warm(worker=h.name, slot=h.slot, environment=h.environment) for h in self._pool]
@@ -165,7 +242,7 @@ class Scheduler:
                 case Grant() as grant:
                     places = await self._place(request, job, grant)
                     if places is not None:
-                        return Granted(places=places, reason=grant.reason)
+                        return Places(places=places, reason=grant.reason)
                 case Wait(reason=reason):
                     job.tell(reason)
             # Other users of the cluster free resources without telling us: look again by the clock as well.
@@ -215,7 +292,8 @@ class Scheduler:
         """List the nodes; what is free is what we have not given away, spread as Ray would pack it."""
         found = [Node(name=n.name, total=n.total, free=dict(n.total)) for n in nodes()]
         used = [held.slot for job in self._jobs.values() for held in job.held] + [held.slot for held in self._pool]
-        for slot in used:
+        reading = sum(job.spare_cpus for job in self._jobs.values() if job.held)
+        for slot in used + [Slot(resources={"CPU": 1})] * reading:
             for node in found:
                 left: Any = node.free
                 if all(left.get(name, 0) >= amount for name, amount in slot.resources.items()):
@@ -224,41 +302,69 @@ class Scheduler:
                     break
         return found
 
-    async def _find(self) -> None:
-        """Learn what running jobs hold, and free what a dead scheduler left."""
-        names = [each["name"] for each in list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE]
-        for name in names:
-            if not name.startswith(JOB_PREFIX):
-                continue
-            with suppress(ValueError, RayActorError, asyncio.TimeoutError):
-                controller = ray.get_actor(name, namespace=NAMESPACE)
-                held: list[Held] = await asyncio.wait_for(controller.places.remote(), CALL_TIMEOUT_S)
-                if held:
-                    self._jobs[name.removeprefix(JOB_PREFIX)] = _Job(controller, held)
-        known = {held.name for job in self._jobs.values() for held in job.held}
-        for group in placement_group_table().values():
-            name = group["name"]
-            if name.startswith(GROUP_PREFIX) and name not in known and group["state"] != "REMOVED":
+    async def _learn(self) -> None:
+        """Ask the controllers what they hold; when all have answered, free the groups that nobody holds."""
+        names = [name for name in actor_names() if name.startswith(CONTROLLER_PREFIX)]
+        if all(await asyncio.gather(*map(self._ask, names))):
+            held = {held.name for job in self._jobs.values() for held in job.held}
+            for name in self._orphans - held:
                 with suppress(ValueError):
                     remove_placement_group(get_placement_group(name))
+            self._orphans.clear()
+
+    async def _ask(self, name: str) -> bool:
+        """Ask one controller; return whether all is known of it."""
+        controller = named_actor(name)
+        if controller is None:
+            return True
+        try:
+            job, held = await asyncio.wait_for(controller.places.remote(), ANSWER_S)
+        except (ActorUnavailableError, asyncio.TimeoutError):
+            return False
+        except RayActorError:
+            return True
+        if job and job not in self._controllers:
+            self._controllers[job] = controller
+            if held:
+                self._jobs[job] = _Job(controller, held)
+        return True
 
     async def _look_after(self) -> None:
-        """Free what dead jobs left and what nobody used; end when there is nothing left to look after."""
+        await self._found
         while True:
             await asyncio.sleep(WATCH_S)
-            jobs = list(self._jobs.items())
-            alive = await asyncio.gather(*(_is_alive(job.controller) for _, job in jobs))
-            for (name, job), is_alive in zip(jobs, alive):
-                if not is_alive and self._jobs.get(name) is job:
-                    await self.release(name)
-            now = time.monotonic()
-            for held in [h for h in self._pool if h.expires_s < now]:
-                self._pool.remove(held)
-                free(held)
-            if self._jobs or self._pool:
-                self._idle_since_s = now
-            elif now - self._idle_since_s > self._idle_exit_s:
-                ray.kill(ray.get_actor(SCHEDULER, namespace=NAMESPACE))
+            try:
+                await self._look()
+            except Exception:
+                log.exception("the scheduler will look again in a moment")
+
+    async def _look(self) -> None:
+        """Free what dead jobs left and what nobody used; end when there is nothing left to look after."""
+        if self._orphans:
+            await self._learn()
+        await asyncio.gather(*map(self.find, list(self._controllers)))
+        for name in [name for name, job in self._jobs.items() if self._controllers.get(name) != job.controller]:
+            await self.release(name)
+        now = time.monotonic()
+        for held in [h for h in self._pool if h.expires_s < now]:
+            self._pool.remove(held)
+            free(held)
+        for spare in list(self._spares):
+            is_alive = await _is_alive(spare.controller)
+            spare.controller.stay.remote()
+            if (spare.expires_s < now or not is_alive) and spare in self._spares:
+                self._spares.remove(spare)
+                ray.kill(spare.controller)
+        if self._controllers or self._jobs or self._pool or self._spares:
+            self._idle_since_s = now
+        elif now - self._idle_since_s > self._idle_exit_s:
+            ray.kill(ray.get_runtime_context().current_actor)
+
+
+def _group_names() -> set[str]:
+    """Name the placement groups that some scheduler made."""
+    groups = placement_group_table().values()
+    return {g["name"] for g in groups if g["name"].startswith(GROUP_PREFIX) and g["state"] != "REMOVED"}
 
 
 async def _is_alive(actor: Any) -> bool:
@@ -278,15 +384,5 @@ def free(held: Held) -> None:
 
 def scheduler(pool_s: float = POOL_S, idle_exit_s: float = IDLE_EXIT_S) -> Any:
     """Return the handle of the cluster's scheduler, which starts with these times if there is none."""
-    return (
-        ray.remote(Scheduler)
-        .options(
-            name=SCHEDULER,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_concurrency=1000,
-        )
-        .remote(pool_s, idle_exit_s)
-    )
+    options = {"name": SCHEDULER, "get_if_exists": True, **SERVICE}
+    return ray.remote(Scheduler).options(**options).remote(pool_s, idle_exit_s)

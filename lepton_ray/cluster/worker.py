@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lepton_ray.cluster.names import CALL_TIMEOUT_S
+from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE
 from lepton_ray.cluster.reporter import Reporter
+from lepton_ray.cluster.scheduler import Held
 from lepton_ray.errors import ConfigError, PeerLost, RunFailed, WaitTimeout
 from lepton_ray.plan.membership import Failure
 from lepton_ray.storage import Folder
@@ -92,11 +95,10 @@ class Worker:
         self._imported.wait()
         import torch
 
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return {
             "node": ray.util.get_node_ip_address(),
             "pid": os.getpid(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator or "cpu"),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(_device()),
         }
 
     def form(self, assignment: Assignment) -> Failure | None:
@@ -109,8 +111,8 @@ class Worker:
 
             sys.path[:0] = [entry for entry in assignment.path if entry not in sys.path]
             spec: TrainSpec = ray.get(assignment.spec)
-            with self._logs(spec):
-                Folder(spec.run_url).probe()
+            _check_folder(spec)
+            with self._logs(spec, "form"):
                 peers = RayPeers(
                     assignment.group, assignment.rank, assignment.world, timeout_s=assignment.collective_timeout_s
                 )
@@ -135,7 +137,7 @@ class Worker:
             return self._train()
 
     def _train(self) -> Failure | None:
-        with self._guard("train") as caught, self._logs(self._spec):
+        with self._guard("train") as caught, self._logs(self._spec, "train"):
             self._outputs = self._task.run()
         with self._guard("report") as unreported, suppress(RayActorError, GetTimeoutError):
             self._reporter.close()
@@ -155,11 +157,6 @@ class Worker:
         """Vote for a stop at the next ballot."""
         self._stop.set()
 
-    def abort(self) -> None:
-        """Break a collective that waits."""
-        if self._task is not None:
-            self._peers.abort()
-
     def reset(self) -> bool:
         """Forget the job; return whether the process is as good as new for another."""
         if not self._working.acquire(blocking=False):
@@ -178,8 +175,7 @@ class Worker:
 
         gc.collect()
         torch.set_default_dtype(torch.float32)
-        if torch.are_deterministic_algorithms_enabled():  # the setter costs seconds: it imports torch's compiler
-            torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         # The user's modules may change on disk before the next job, which must import them anew.
@@ -240,13 +236,16 @@ class Worker:
         )
 
     @contextmanager
-    def _logs(self, spec: TrainSpec) -> Any:
+    def _logs(self, spec: TrainSpec, what: Literal["form", "train"]) -> Any:
         """Let what this process prints go to the run's folder."""
         assert self._assignment is not None
-        name = f"rank-{self._assignment.rank}.log"
-        folder = Folder(spec.run_url).sub("logs")
-        path = os.path.join(folder.url, name) if folder.is_local else f"/tmp/lepton_ray-{os.getpid()}-{name}"
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        folder, name = Folder(spec.run_url).sub("logs"), f"rank-{self._assignment.rank}.log"
+        if folder.is_local:
+            path = os.path.join(folder.url, name)
+            os.makedirs(folder.url, exist_ok=True)
+        else:  # written at the end of each part; a life does not overwrite the one before
+            name = f"rank-{self._assignment.rank}.{self._assignment.generation}.log"
+            path = os.path.join(tempfile.gettempdir(), f"lepton_ray-{os.getpid()}-{spec.name}-{name}")
         sys.stdout.flush(), sys.stderr.flush()
         kept = os.dup(1), os.dup(2)
         target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -261,6 +260,27 @@ class Worker:
             if not folder.is_local:
                 with open(path, "rb") as file:
                     folder.write(name, file.read())
+                if what == "train":
+                    os.unlink(path)
+
+
+def new_worker(held: Held) -> Any:
+    """Start a worker actor in its place."""
+    resources = dict(held.slot.resources)
+    return (
+        ray.remote(Worker)
+        .options(
+            name=held.name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=resources.pop("CPU", 0),
+            num_gpus=resources.pop("GPU", 0),
+            resources=resources,
+            max_concurrency=THREADS,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(held.group),
+        )
+        .remote()
+    )
 
 
 @dataclass(slots=True)
@@ -273,6 +293,17 @@ def _device() -> torch.device:
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def _check_folder(spec: TrainSpec) -> None:
+    """Raise ConfigError where this node cannot write the run's folder, or has another folder of that name."""
+    folder = Folder(spec.run_url)
+    folder.probe()
+    if spec.mode == "train" and not any(name.startswith("journal-") for name in folder.names()):
+        raise ConfigError(
+            f"{folder.url} on node {ray.util.get_node_ip_address()} is not the folder that the run's controller writes "
+            "to: its journal is not there. storage= must be one disk that all nodes share, or a URL."
+        )
 
 
 def _user_traceback(error: BaseException) -> str:

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -154,27 +152,23 @@ class LeptonGroup(BaseGroup):
     def allreduce(self, tensor: list[Tensor], allreduce_options: Options = None) -> None:
         op = _reduction(tensor[0], allreduce_options)
         array, finish = _flat(tensor[0])
-        with self._within(allreduce_options) as ring:
-            ring.allreduce(array, op)
+        self._formed.allreduce(array, op)
         finish()
 
     def barrier(self, barrier_options: Options = None) -> None:
-        with self._within(barrier_options) as ring:
-            ring.barrier()
+        self._formed.barrier()
 
     def reduce(self, tensor: list[Tensor], reduce_options: Options = None) -> None:
         root = reduce_options.root_rank if reduce_options is not None else 0
         op = _reduction(tensor[0], reduce_options)
         array, finish = _flat(tensor[0], is_written=root == self._rank)
-        with self._within(reduce_options) as ring:
-            ring.reduce(array, root, op)
+        self._formed.reduce(array, root, op)
         finish()
 
     def broadcast(self, tensor: list[Tensor], broadcast_options: Options = None) -> None:
         root = broadcast_options.root_rank if broadcast_options is not None else 0
         array, finish = _flat(tensor[0], is_written=root != self._rank)
-        with self._within(broadcast_options) as ring:
-            ring.broadcast(array, root)
+        self._formed.broadcast(array, root)
         finish()
 
     def allgather(
@@ -184,8 +178,7 @@ class LeptonGroup(BaseGroup):
         self._check_alike("allgather", outputs, tensor[0])
         targets = [_flat(output) for output in outputs]
         array, _ = _flat(tensor[0], is_written=False)
-        with self._within(allgather_options) as ring:
-            rows = ring.allgather(array)
+        rows = self._formed.allgather(array)
         for (target, finish), row in zip(targets, rows):
             target[:] = row
             finish()
@@ -200,31 +193,22 @@ class LeptonGroup(BaseGroup):
         joined = np.empty((self._world_size, output.size), output.dtype)
         for row, each in zip(joined, inputs):
             row[:] = _flat(each, is_written=False)[0]
-        with self._within(reducescatter_options) as ring:
-            output[:] = ring.reducescatter(joined.reshape(-1), op)
+        output[:] = self._formed.reducescatter(joined.reshape(-1), op)
         finish()
 
     def send(self, tensor: list[Tensor], send_options: Options) -> None:
         array, _ = _flat(tensor[0], is_written=False)
-        with self._within(send_options) as ring:
-            ring.send(array, send_options.dst_rank)
+        self._formed.send(array, send_options.dst_rank)
 
     def recv(self, tensor: list[Tensor], recv_options: Options) -> None:
         array, finish = _flat(tensor[0])
-        with self._within(recv_options) as ring:
-            ring.recv(array, recv_options.src_rank)
+        self._formed.recv(array, recv_options.src_rank)
         finish()
 
-    @contextmanager
-    def _within(self, options: Options) -> Iterator[Ring]:
-        """Give the ring, under the time limit of the options if they set one (Ray's own functions never do)."""
-        assert self._ring is not None
-        limit: timedelta | None = getattr(options, "timeout_ms", None)
-        if limit is None or limit <= timedelta(0):
-            yield self._ring
-        else:
-            with self._ring.limited(limit.total_seconds()):
-                yield self._ring
+    @property
+    def _formed(self) -> Ring:
+        assert self._ring is not None  # Ray calls nothing before the constructor has returned
+        return self._ring
 
     def _check_alike(self, call: str, tensors: Sequence[Tensor], model: Tensor) -> None:
         """Check a list that holds one tensor for each rank."""

@@ -235,15 +235,6 @@ class Ring:
         with self._operation(_BARRIER, nothing) as header:
             self._swap(header, nothing)
 
-    @contextmanager
-    def limited(self, timeout_s: float) -> Iterator[None]:
-        """Give the operations of this context another limit than the group's."""
-        usual_s, self.timeout_s = self.timeout_s, timeout_s
-        try:
-            yield
-        finally:
-            self.timeout_s = usual_s
-
     # --- inside an operation
 
     @contextmanager

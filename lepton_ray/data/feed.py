@@ -35,12 +35,10 @@ class StepPlan:
 class Feed:
     """The steps of a source, in a new order each epoch. Steps may be asked for in any order."""
 
-    def __init__(
-        self, source: Source, *, batch_samples: int, microbatches: int, seed: int, shuffle: bool = True
-    ) -> None:
+    def __init__(self, source: Source, *, batch_samples: int, microbatches: int, seed: int) -> None:
         self.source = source
         self.steps_per_epoch: int | None = steps_per_epoch(len(source), batch_samples)
-        self._batch_samples, self._seed, self._shuffle = batch_samples, seed, shuffle
+        self._batch_samples, self._seed = batch_samples, seed
         self._offsets = bounds(batch_samples, microbatches)
         self._order_epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
@@ -57,8 +55,6 @@ class Feed:
         """Return the sample ids of microbatch `m`."""
         at = cursor(step, len(self.source), self._batch_samples)
         part = cut(at.start, at.stop, self._offsets)[m]
-        if not self._shuffle:
-            return np.arange(part.start, part.stop)
         if at.epoch != self._order_epoch:
             self._order, self._order_epoch = order(self._seed, at.epoch, len(self.source)), at.epoch
         return self._order[part.start : part.stop]
@@ -160,12 +156,10 @@ class StreamFeed:
         self._length = self._position
 
 
-def open_feed(
-    source: Source | Stream, *, batch_samples: int, microbatches: int, seed: int, shuffle: bool = True
-) -> Feed | StreamFeed:
+def open_feed(source: Source | Stream, *, batch_samples: int, microbatches: int, seed: int) -> Feed | StreamFeed:
     """Return the feed that fits; a stream keeps its own order."""
     if isinstance(source, Source):
-        return Feed(source, batch_samples=batch_samples, microbatches=microbatches, seed=seed, shuffle=shuffle)
+        return Feed(source, batch_samples=batch_samples, microbatches=microbatches, seed=seed)
     return StreamFeed(source, batch_samples=batch_samples, microbatches=microbatches)
 
 

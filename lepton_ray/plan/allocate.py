@@ -63,7 +63,7 @@ def admit(request: Request, nodes: Sequence[Node], pool: Sequence[Warm]) -> Gran
     fitting = [w for w in pool if w.slot == slot and w.environment == request.environment]
     reuse = fitting[:workers]
     create = workers - len(reuse)
-    if fit([node.free for node in nodes], slot, create) >= create:
+    if _has_room([node.free for node in nodes], request, create):
         return Grant(
             reuse=tuple(w.worker for w in reuse),
             evict=(),
@@ -71,7 +71,7 @@ def admit(request: Request, nodes: Sequence[Node], pool: Sequence[Warm]) -> Gran
             reason=f"{len(reuse)} warm and {create} new workers of {slot}",
         )
     others = [w for w in pool if w not in reuse]
-    if others and fit([_joined(nodes, others)], slot, create) >= create:
+    if others and _has_room([_joined(nodes, others)], request, create):
         return Grant(
             reuse=tuple(w.worker for w in reuse),
             evict=tuple(w.worker for w in others),
@@ -79,7 +79,14 @@ def admit(request: Request, nodes: Sequence[Node], pool: Sequence[Warm]) -> Gran
             reason=f"{len(others)} idle warm workers end to make room",
         )
     free = fit([node.free for node in nodes], slot, create)
-    return Wait(reason=f"{request.job} waits for {create} x ({slot}); there is room for {free} now")
+    beside = f" and {request.spare_cpus} CPU to read the data" if request.spare_cpus else ""
+    return Wait(reason=f"{request.job} waits for {create} x ({slot}){beside}; there is room for {free} now")
+
+
+def _has_room(nodes: Sequence[Mapping[str, float]], request: Request, create: int) -> bool:
+    """Tell whether the new workers fit, and leave the CPUs that reading the data needs."""
+    cpus = sum(node.get("CPU", 0.0) for node in nodes) - create * request.slot.resources.get("CPU", 0.0)
+    return fit(nodes, request.slot, create) >= create and cpus + _TOLERANCE >= request.spare_cpus
 
 
 def _joined(nodes: Sequence[Node], idle: Sequence[Warm]) -> dict[str, float]:

@@ -6,6 +6,7 @@ That is what makes resize, recovery and load balance a change of ownership betwe
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -49,10 +50,13 @@ def bounds(batch_samples: int, microbatches: int) -> list[int]:
 def cut(start: int, stop: int, offsets: Sequence[int]) -> list[range]:
     """Share the positions start..stop of one step among its microbatches.
 
-    offsets: of a full batch, from `bounds`. A short last batch fills its microbatches from the first one on, so that
-    no microbatch is smaller than it has to be (BatchNorm cannot learn from one sample); later ones are then empty.
+    offsets: of a full batch, from `bounds`. A short last batch takes no more microbatches than it needs, the first
+    ones, and shares its samples evenly among them, so that none is smaller than it has to be (BatchNorm cannot learn
+    from one sample); later ones are empty.
     """
-    return [range(min(start + a, stop), min(start + b, stop)) for a, b in zip(offsets, offsets[1:])]
+    needed = bisect_left(offsets, stop - start)
+    ends = [start + offset for offset in bounds(stop - start, needed)] + [stop] * (len(offsets) - 1 - needed)
+    return [range(a, b) for a, b in zip(ends, ends[1:])]
 
 
 def own(microbatches: int, speeds: Sequence[float]) -> list[range]:

@@ -48,6 +48,11 @@ class Failure:
     is_echo: bool = False
     """Seen only because another worker went away."""
 
+    @property
+    def is_users(self) -> bool:
+        """Tell an error of the user's code in a step, after which the next try may have the same processes."""
+        return self.step is not None and not self.is_echo
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -55,7 +60,7 @@ class Limits:
 
     admit_s: float
     start_s: float
-    form_s: float
+    """For starting, and again for forming."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +216,7 @@ def _ready(run: Run, rank: int, phase: Phase, now_s: float) -> tuple[Run, list[C
         return _end(run, Outcome.FAILED, run.failure)
     match run.phase:
         case Phase.STARTING:
-            run = replace(_enter(run, Phase.FORMING, now_s + run.limits.form_s), generation=run.generation + 1)
+            run = replace(_enter(run, Phase.FORMING, now_s + run.limits.start_s), generation=run.generation + 1)
             return run, [Form(run.generation)]
         case Phase.FORMING:
             return _enter(run, Phase.TRAINING, None), [Train()]
@@ -255,6 +260,8 @@ def _tick(run: Run, now_s: float) -> tuple[Run, list[Command]]:
     what = {
         Phase.WAITING: f"the scheduler did not admit the job within {run.limits.admit_s:g} s (Faults.admit_timeout_s)",
         Phase.STARTING: f"workers {missing} did not start within {run.limits.start_s:g} s (Faults.start_timeout_s)",
-        Phase.FORMING: f"workers {missing} did not form their group within {run.limits.form_s:g} s",
+        Phase.FORMING: (
+            f"workers {missing} did not form their group within {run.limits.start_s:g} s (Faults.start_timeout_s)"
+        ),
     }[run.phase]
     return _end(run, Outcome.FAILED, Failure(message=what))

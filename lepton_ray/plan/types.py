@@ -12,10 +12,6 @@ class Slot:
 
     resources: Mapping[str, float]
 
-    def key(self) -> str:
-        """Return a text that equal slots share."""
-        return ",".join(f"{name}={amount:g}" for name, amount in sorted(self.resources.items()) if amount)
-
     def __str__(self) -> str:
         parts = [f"{amount:g} {name}" for name, amount in sorted(self.resources.items()) if amount]
         return " + ".join(parts) or "nothing"
@@ -39,3 +35,5 @@ class Request:
     slot: Slot
     environment: str
     """Workers can be reused among jobs with an equal one (Ray's runtime environment, as text)."""
+    spare_cpus: int = 0
+    """CPUs that must be left beside the workers, for Ray Data to read a stream."""

@@ -70,7 +70,7 @@ def build(blueprint: Blueprint, device: torch.device, seed: int) -> Model:
     """
     from lepton_ray.train.model import TorchModel
 
-    if blueprint.keras_config and (blueprint.kind == "keras" or "keras" in sys.modules):
+    if blueprint.kind == "keras" or "keras" in sys.modules:  # an earlier job may have left other settings
         keras_pack.apply_settings(blueprint.keras_config)
     if blueprint.kind == "module":
         return TorchModel(_load_module(blueprint.payload), device)

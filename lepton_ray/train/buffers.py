@@ -4,16 +4,17 @@ Every microbatch starts from the buffers as they were before the step (B0) and l
 averages, with k the part that a forward keeps (a layer that one forward calls c times keeps k^c; c is learnt from the
 first one), running microbatches 0..M-1 one after another gives
 
-    k^M * B0  +  sum over m of  k^(M-1-m) * (B_m - k * B0)
+    k^M * B0  +  sum over m of  k^(M-1-m) * (B_m - k * B0)   =   B0  +  sum over m of  k^(M-1-m) * (B_m - B0)
 
-The sum may be shared among workers in any way, so that statistics do not depend on who computed what. Plain running
-means (momentum=None) give B0 + (n+1)/(n+M) * sum(B_m - B0) with n forwards before the step, and anything else counts
-as a sum of changes, B0 + sum(B_m - B0).
+The sum may be shared among workers in any way, so that statistics do not depend on who computed what. k = 0 gives what
+the last microbatch left. Plain running means (momentum=None) give B0 + (n+1)/(n+M) * sum(B_m - B0) with n forwards
+before the step, and anything else counts as a sum of changes, B0 + sum(B_m - B0). What no forward changes keeps its
+bits; buffers are sent from the first step on that changed one of their type and shape, and constants never.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,22 @@ class _Group:
 
     keep: float | None | torch.Tensor
     """A float64 number for each element where layers are called several times."""
+    is_sum: bool
+    """The changes count as they are (keep=1.0)."""
     flat: torch.Tensor
     before: torch.Tensor
-    change: torch.Tensor
-    """Float64: what this worker's microbatches contribute."""
+    change: torch.Tensor | None
+    """What this worker's microbatches contribute, float64; None as long as this worker has seen none."""
+    is_sent: bool
+    """All workers know that it changes."""
     members: list[Buffer]
     count: torch.Tensor | None
+
+    def open(self) -> torch.Tensor:
+        """Return `change`, which begins with zeros."""
+        if self.change is None:
+            self.change = torch.zeros(self.flat.numel(), dtype=torch.float64, device=self.flat.device)
+        return self.change
 
 
 class BufferFold:
@@ -51,7 +62,8 @@ class BufferFold:
         self._total = total
         for group in self._groups:
             group.before.copy_(group.flat)
-            group.change.zero_()
+            if group.change is not None:
+                group.change.zero_()
 
     def enter(self) -> None:
         """Set the buffers as they were before the step; the next forward starts from there."""
@@ -66,43 +78,67 @@ class BufferFold:
             for buffer in group.members:
                 buffer.reclaim()
         if not self._knows_calls:
-            self._learn_calls(lambda group: group.flat - group.before)
+            self._learn_calls()
         for group in self._groups:
-            keep = 1.0 if group.keep is None else group.keep
-            weight = keep ** (self._total - 1 - microbatch)
-            group.change += (group.flat.double() - group.before.double() * keep) * weight
+            if group.change is None and torch.equal(group.flat, group.before):
+                continue
+            if group.is_sum:
+                after = group.flat.double() if group.flat.is_floating_point() else group.flat.long()
+                group.open().add_(torch.where(group.flat == group.before, 0, after - _base(group.before)))
+                continue
+            change = group.flat.double().sub_(group.before)
+            group.open().add_(change if group.keep is None else change * group.keep ** (self._total - 1 - microbatch))
 
     def reduce(self) -> None:
         """Sum the contributions of all workers."""
         if not self._groups or not self._allreduce:
             return
-        joined = torch.cat([group.change.cpu() for group in self._groups])
-        self._allreduce(joined)
-        for group, part in zip(self._groups, joined.split([g.change.numel() for g in self._groups])):
-            group.change.copy_(part)
+        quiet = [group for group in self._groups if not group.is_sent]
+        found = torch.tensor([group.change is not None for group in quiet], dtype=torch.float64)
+        self._sum([*(group.open() for group in self._groups if group.is_sent), found])
+        new = [group for group, times in zip(quiet, found.tolist()) if times]
+        if new:
+            self._sum([group.open() for group in new])
+        for group in new:
+            group.is_sent = True
 
     def apply(self) -> None:
         """Set the buffers to what follows the step."""
-        if not self._knows_calls:  # this worker ran no forward yet; the others' counts tell
-            self._learn_calls(lambda group: group.change / self._total)
         self.enter()  # counts are read as they were before the step
-        rules = [_rule(group, self._total) for group in self._groups]
-        for group, (old, new) in zip(self._groups, rules):
-            group.flat.copy_(group.before.double() * old + group.change * new)
+        factors = [_factor(group, self._total) for group in self._groups]
+        for group, factor in zip(self._groups, factors):
+            if group.change is None:
+                continue
+            if group.is_sum:
+                base = _base(group.before)
+                after = base.add_(group.change.to(base.dtype)).to(group.flat.dtype)
+                group.flat.copy_(torch.where(group.change == 0, group.before, after))
+            else:
+                group.flat.copy_(group.before.double().add_(group.change, alpha=factor))
 
     def discard(self) -> None:
         """Set the buffers back to what they were before the step."""
         self.enter()
 
-    def _learn_calls(self, counted: Callable[[_Group], torch.Tensor]) -> None:
-        """Learn how often one forward calls each layer, from what it adds to the layers' counts."""
+    def _sum(self, parts: Sequence[torch.Tensor]) -> None:
+        """Sum tensors over all workers, in place."""
+        assert self._allreduce is not None
+        joined = torch.cat([part.cpu() for part in parts])
+        self._allreduce(joined)
+        for part, total in zip(parts, joined.split([part.numel() for part in parts])):
+            part.copy_(total)
+
+    def _learn_calls(self) -> None:
+        """Learn how often a forward calls each layer, from what the first one added to the layers' counts.
+
+        A layer that it did not call is taken to be called once: only what is learnt as less would let it diverge.
+        """
         self._knows_calls = True
-        counts = {id(buffer.count) for group in self._groups for buffer in group.members if buffer.count is not None}
         calls = {
-            id(buffer.tensor): float(added)
+            id(buffer.tensor): max(1.0, added)
             for group in self._groups
-            if any(id(buffer.tensor) in counts for buffer in group.members)
-            for buffer, added in zip(group.members, _starts(group, counted(group)))
+            if group.is_sum and len(group.members) == group.flat.numel()
+            for buffer, added in zip(group.members, (group.flat.double() - group.before.double()).tolist())
         }
         for group in self._groups:
             own = [calls.get(id(buffer.count), 1.0) for buffer in group.members]
@@ -112,41 +148,49 @@ class BufferFold:
                 group.keep = group.keep ** powers.to(group.flat.device)
 
 
-def _starts(group: _Group, values: torch.Tensor) -> list[float]:
-    """Return the first value of each member."""
-    parts = values.split([buffer.tensor.numel() for buffer in group.members])
-    return [float(part[0]) if len(part) else 0.0 for part in parts]
+def _base(before: torch.Tensor) -> torch.Tensor:
+    """Return a copy that changes are measured from: whole numbers exactly, and 0 where there was no finite one."""
+    return before.double().nan_to_num(0, 0, 0) if before.is_floating_point() else before.to(torch.int64, copy=True)
 
 
-def _rule(group: _Group, total: int) -> tuple[float | torch.Tensor, float]:
-    """Return the factors of B0 and of the summed changes."""
-    if group.keep is None:
-        assert group.count is not None
-        seen = int(group.count)
-        return 1.0, (seen + 1) / (seen + total)
-    return group.keep**total, 1.0
+def _factor(group: _Group, total: int) -> float:
+    """Return the factor of the summed changes."""
+    if group.keep is not None:
+        return 1.0
+    assert group.count is not None
+    seen = int(group.count)
+    return (seen + 1) / (seen + total)
 
 
 def _by_rule(buffers: Sequence[Buffer]) -> list[list[Buffer]]:
     groups: dict[tuple[object, ...], list[Buffer]] = {}
     for buffer in buffers:
         tensor = buffer.tensor
-        key = (tensor.dtype, tensor.device, buffer.keep, id(buffer.count) if buffer.keep is None else None)
-        groups.setdefault(key, []).append(buffer)
+        own: object = None
+        if buffer.keep == 1.0:
+            own = tensor.shape  # constants, such as masks, are rarely of a shape with what changes
+        elif buffer.keep is None:
+            own = id(buffer.count)
+        groups.setdefault((tensor.dtype, tensor.device, buffer.keep, own), []).append(buffer)
     return list(groups.values())
 
 
 def _gather(members: list[Buffer]) -> _Group:
     first = members[0]
-    flat = torch.cat([buffer.tensor.detach().reshape(-1) for buffer in members])
-    views = flat.split([buffer.tensor.numel() for buffer in members])
-    for buffer, view in zip(members, views):
-        buffer.tensor.data = view.view(buffer.tensor.shape)
+    parts = [buffer.tensor.detach() for buffer in members]
+    if first.tensor.is_complex():
+        parts = [torch.view_as_real(part) for part in parts]
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    for buffer, part, view in zip(members, parts, flat.split([part.numel() for part in parts])):
+        shaped = view.view(part.shape)
+        buffer.tensor.data = torch.view_as_complex(shaped) if first.tensor.is_complex() else shaped
     return _Group(
         keep=first.keep,
+        is_sum=first.keep == 1.0,
         flat=flat,
         before=flat.clone(),
-        change=torch.zeros(flat.numel(), dtype=torch.float64, device=flat.device),
+        change=None,
+        is_sent=False,
         members=members,
         count=first.count,
     )

@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
-class _Staged:
-    """A checkpoint between stage and commit."""
+class _Copy:
+    """A checkpoint in the staging buffer."""
 
     step: int
     generation: int
@@ -53,18 +53,18 @@ class _Staged:
     head: bytes
     size_bytes: int
     began_s: float
+    waited_s: float
+    ready: torch.Event | None
+    """Says when the copies from a device are done."""
     blocked_s: float = 0.0
-    waited_s: float = 0.0
-    manifest: Manifest | None = None
-    """None until the tensors are written, by the background thread."""
 
 
 class Checkpointer:
     """Write the checkpoints of one run. One caller; one background thread that does everything but the copy.
 
-    folder: that of the checkpoints. keep: newest checkpoints that stay. best: name in state["metrics"] whose best
+    folder: that of the checkpoints. keep: newest checkpoints that stay. best: name in state["measured"] whose best
     checkpoint stays too; best_mode: which values are better.
-    on_event: told "checkpoint_saved" (step, generation, path, size_bytes, duration_s from stage to manifest,
+    on_event: told "checkpoint_saved" (step, generation, path, size_bytes, duration_s from copy to manifest,
     blocked_s of the training, waited_s of it for an earlier write) and "checkpoint_failed" (step, error) in the
     background thread. A failed save raises nothing: training goes on, older checkpoints stay.
     """
@@ -87,7 +87,6 @@ class Checkpointer:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._buffer_user: Future[None] | None = None  # the last job that reads or fills the buffer
         self._last: Future[None] | None = None
-        self._staged: dict[int, _Staged] = {}
         self._saved: dict[int, Manifest] = {}  # manifests need not be read again to choose what to keep
         self._jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
         # a daemon, so that a storage that hangs cannot keep the process alive
@@ -100,31 +99,38 @@ class Checkpointer:
         size_bytes, is_pinned = plan_file(tensors).size_bytes, _is_cuda(tensors)
         self._buffer_user = self._submit(lambda: self._allocate(size_bytes, is_pinned))
 
-    def stage(self, step: int, tensors: Mapping[str, Tensor], state: Any, *, generation: int = 0) -> float:
-        """Copy what makes a checkpoint; return the seconds that this took. The tensors may change afterwards.
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Any,
+        *,
+        generation: int = 0,
+        after: Callable[[], None] | None = None,
+    ) -> bool:
+        """Copy what makes a checkpoint, which the background thread then writes. The tensors may change afterwards.
 
-        state: a tree of dicts, lists, tuples, scalars and tensors. Waits for an earlier write that still needs the
-        buffer, at most write_timeout_s; after that this checkpoint fails. Nothing can be loaded before `commit(step)`.
+        state: a tree of dicts, lists, tuples, scalars and tensors. after: what has to be done before the checkpoint
+        exists, in the background; it fails when that raises. Waits for an earlier write that still needs the buffer,
+        at most write_timeout_s; returns whether there was a buffer.
         Raises CheckpointError for a tensor or a value that a checkpoint cannot hold.
         """
         began_s = time.perf_counter()
         all_tensors, json_state = _together(tensors, state)
         plan = plan_file(all_tensors)
-        if self._buffer_user is not None:
-            _, unfinished = wait([self._buffer_user], self.write_timeout_s)
-            if unfinished:
-                error = f"the write of an earlier checkpoint did not end within {self.write_timeout_s:g} s"
-                self._submit(lambda: self._report_failure(step, error))
-                return time.perf_counter() - began_s
+        error = ""
+        if self._buffer_user is not None and wait([self._buffer_user], self.write_timeout_s).not_done:
+            error = f"the write of an earlier checkpoint did not end within {self.write_timeout_s:g} s"
         waited_s = time.perf_counter() - began_s
         try:
-            self._allocate(plan.size_bytes, _is_cuda(all_tensors))
+            if not error:
+                self._allocate(plan.size_bytes, _is_cuda(all_tensors))
         except (RuntimeError, MemoryError) as failure:
             error = f"no memory for a staging buffer of {plan.size_bytes} bytes ({failure})"
+        if error:
             self._submit(lambda: self._report_failure(step, error))
-            return time.perf_counter() - began_s
-        copied = _copy(all_tensors, plan, self._buffer)
-        staged = _Staged(
+            return False
+        copy = _Copy(
             step=step,
             generation=generation,
             state=json_state,
@@ -132,21 +138,11 @@ class Checkpointer:
             size_bytes=plan.size_bytes,
             began_s=began_s,
             waited_s=waited_s,
+            ready=_copy(all_tensors, plan, self._buffer),
         )
-        staged.blocked_s = time.perf_counter() - began_s
-        self._buffer_user = self._submit(lambda: self._write(staged, copied))
-        return staged.blocked_s
-
-    def commit(self, step: int, after: Callable[[], None] | None = None) -> None:
-        """Say that the staged step is stable: its manifest may be published. A step that failed is no error.
-
-        after: what has to be done first, in the background; the checkpoint fails when it raises.
-        """
-        self._submit(lambda: self._publish(step, after))
-
-    def discard(self, step: int) -> None:
-        """Say that the staged step never happened."""
-        self._submit(lambda: self._drop(step))
+        copy.blocked_s = time.perf_counter() - began_s
+        self._buffer_user = self._submit(lambda: self._write(copy, after))
+        return True
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when all that was asked for is done. Raises WaitTimeout after timeout_s (default write_timeout_s)."""
@@ -185,72 +181,53 @@ class Checkpointer:
             buffer[start : start + CHUNK_BYTES].zero_()
         self._buffer = buffer
 
-    def _write(self, staged: _Staged, copied: torch.Event | None) -> None:
-        at = step_folder(self.folder, staged.step)
+    def _write(self, copy: _Copy, after: Callable[[], None] | None) -> None:
+        step, at = copy.step, step_folder(self.folder, copy.step)
         try:
-            if copied is not None:
-                copied.synchronize()
-            taken = at.names()
-            number = 0
-            while f"state-{number}.safetensors" in taken:  # never over a file that a manifest may name
-                number += 1
-            name = f"state-{number}.safetensors"
-            digest = hashlib.sha256()
-            with at.open(name, "wb") as file:
-                for piece in file_pieces(staged.head, [self._buffer[: staged.size_bytes]]):
-                    digest.update(piece)
-                    file.write(piece)
-        except Exception as error:  # noqa: BLE001 - each storage has errors of its own
-            self._fail(staged.step, error)
-            return
-        size_bytes = len(staged.head) + staged.size_bytes
-        staged.manifest = Manifest(
-            step=staged.step,
-            generation=staged.generation,
-            saved_at_s=time.time(),
-            state=staged.state,
-            files=(File(name=name, size_bytes=size_bytes, sha256=digest.hexdigest()),),
-        )
-        self._staged[staged.step] = staged
-
-    def _publish(self, step: int, after: Callable[[], None] | None) -> None:
-        staged = self._staged.pop(step, None)
-        if staged is None or staged.manifest is None:
-            return
-        at = step_folder(self.folder, step)
-        try:
+            file = self._write_tensors(copy, at)
             if after is not None:
                 after()
-            at.write(MANIFEST, manifest_bytes(staged.manifest))
+            manifest = Manifest(
+                step=step, generation=copy.generation, saved_at_s=time.time(), state=copy.state, files=(file,)
+            )
+            at.write(MANIFEST, manifest_bytes(manifest))
         except Exception as error:  # noqa: BLE001 - each storage has errors of its own
-            self._fail(step, error)
+            self._quietly(self._tidy, step)
+            self._report_failure(step, f"{type(error).__name__}: {error}")
             return
-        self._saved[step] = staged.manifest
+        self._saved[step] = manifest
         self._tell(
             "checkpoint_saved",
             step=step,
-            generation=staged.generation,
+            generation=copy.generation,
             path=at.url,
-            size_bytes=staged.manifest.files[0].size_bytes,
-            duration_s=time.perf_counter() - staged.began_s,
-            blocked_s=staged.blocked_s,
-            waited_s=staged.waited_s,
+            size_bytes=file.size_bytes,
+            duration_s=time.perf_counter() - copy.began_s,
+            blocked_s=copy.blocked_s,
+            waited_s=copy.waited_s,
         )
+        self._quietly(self._retain, step)
+
+    def _write_tensors(self, copy: _Copy, at: Folder) -> File:
+        if copy.ready is not None:
+            copy.ready.synchronize()
+        taken = at.names()
+        number = 0
+        while f"state-{number}.safetensors" in taken:  # never over a file that a manifest may name
+            number += 1
+        name = f"state-{number}.safetensors"
+        digest = hashlib.sha256()
+        with at.open(name, "wb") as file:
+            for piece in file_pieces(copy.head, [self._buffer[: copy.size_bytes]]):
+                digest.update(piece)
+                file.write(piece)
+        return File(name=name, size_bytes=len(copy.head) + copy.size_bytes, sha256=digest.hexdigest())
+
+    def _quietly(self, delete: Callable[[int], None], step: int) -> None:
         try:
-            self._retain(step)
-        except Exception as error:  # noqa: BLE001 - each storage has errors of its own; what was not deleted is tried again next time
+            delete(step)
+        except Exception as error:  # noqa: BLE001 - each storage has errors of its own; the next save tries it again
             log.warning("Old checkpoints in %s cannot be deleted (%s).", self.folder.url, error)
-
-    def _drop(self, step: int) -> None:
-        self._staged.pop(step, None)
-        try:
-            self._tidy(step)
-        except Exception as error:  # noqa: BLE001 - as in _publish
-            log.warning("What is left of step %s in %s cannot be deleted (%s).", step, self.folder.url, error)
-
-    def _fail(self, step: int, error: Exception) -> None:
-        self._drop(step)
-        self._report_failure(step, f"{type(error).__name__}: {error}")
 
     def _report_failure(self, step: int, error: str) -> None:
         log.warning("The checkpoint of step %s in %s failed (%s); older ones are kept.", step, self.folder.url, error)
@@ -267,8 +244,6 @@ class Checkpointer:
         """
         whole: list[int] = []
         for step in steps_in(self.folder):
-            if step in self._staged:
-                continue
             try:
                 if step not in self._saved:
                     self._saved[step] = read_manifest(self.folder, step)
@@ -294,7 +269,7 @@ class Checkpointer:
         if self.best is None:
             return None
         try:
-            value = float(manifest.state["metrics"][self.best])
+            value = float(manifest.state["measured"][self.best])
         except (KeyError, TypeError, ValueError):
             return None
         if value != value:

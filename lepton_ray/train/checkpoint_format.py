@@ -160,12 +160,8 @@ class Manifest:
     saved_at_s: float
     """Seconds since 1970."""
     state: Any
-    """The state that was staged, in the JSON of `flatten`."""
+    """The state that was saved, in the JSON of `flatten`."""
     files: tuple[File, ...]
-
-    def describe(self) -> Any:
-        """Return the state without reading tensors; where it holds a tensor, the tensor's name stands."""
-        return unflatten(self.state, lambda name: name)
 
 
 class ForeignManifest(CheckpointError):

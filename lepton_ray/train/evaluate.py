@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,19 +13,41 @@ import torch
 from lepton_ray.data.batch import TARGET_KEYS, Batch, split_target, to_device, tree_map
 from lepton_ray.data.feed import blocks
 from lepton_ray.data.sources import Source, Stream
+from lepton_ray.errors import ConfigError
+from lepton_ray.plan.batch import seed_of
 from lepton_ray.train.metrics import Metric, finish
 from lepton_ray.train.model import Model
 from lepton_ray.train.objective import Objective, call
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.precision import autocast
+from lepton_ray.train.step import seed_everything
 
 
-def own_blocks(
-    source: Source | Stream, block_samples: int, peers: Peers, device: torch.device
-) -> Iterator[tuple[int, Batch]]:
-    """Yield the numbered blocks of the data that this worker evaluates: every world-th, from its rank on."""
-    for index, batch in blocks(source, block_samples, rank=peers.rank, world=peers.world):
-        yield index, to_device(batch, device)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """How data is passed through a model without training."""
+
+    block_samples: int
+    precision: str
+    seed: int
+    peers: Peers
+    device: torch.device
+
+    def blocks(self, model: Model, source: Source | Stream, *, is_alone: bool = False) -> Iterator[tuple[int, Batch]]:
+        """Yield the numbered blocks of this worker: every world-th, from its rank on; of one that is alone, all.
+
+        Random draws, of a `transform=` for example, depend on the seed and the number of the block only.
+        """
+        rank, world = (0, 1) if is_alone else (self.peers.rank, self.peers.world)
+        found = blocks(source, self.block_samples, rank=rank, world=world)
+        for number in count(rank, world):
+            own_seed = seed_of(self.seed, number)
+            seed_everything(own_seed, self.device)
+            model.seed(own_seed)
+            block = next(found, None)
+            if block is None:
+                return
+            yield number, to_device(block[1], self.device)
 
 
 class Counts(Protocol):
@@ -72,49 +96,39 @@ def evaluate(
     objective: Objective,
     counts: Counts,
     source: Source | Stream,
-    *,
-    block_samples: int,
-    precision: str,
-    peers: Peers,
-    device: torch.device,
+    how: Pass,
 ) -> dict[str, float]:
     """Return the mean loss and the metrics over all of `source`; the same numbers on every worker."""
     loss_sum = weight = 0.0
     seen = 0
     model.train(False)
     try:
-        for _, batch in own_blocks(source, block_samples, peers, device):
-            with autocast(precision, device):
+        for _, batch in how.blocks(model, source):
+            with autocast(how.precision, how.device):
                 outcome = objective(model, batch)
             loss_sum, weight, seen = loss_sum + float(outcome.loss_sum), weight + outcome.weight, seen + 1
             counts.update(outcome.outputs, outcome.target)
         if not seen:  # fewer blocks than workers
-            _, batch = next(blocks(source, block_samples))
-            outcome = objective(model, to_device(batch, device))
+            _, batch = next(how.blocks(model, source, is_alone=True), (0, None))
+            if batch is None:
+                raise ConfigError("there is nothing to evaluate: the data gave no sample. Check what it reads.")
+            outcome = objective(model, batch)
             counts.prime(outcome.outputs, outcome.target)
     finally:
         model.train(True)
     sums = torch.cat([torch.tensor([loss_sum, weight], dtype=torch.float64), counts.vector()])
-    peers.allreduce(sums)
+    how.peers.allreduce(sums)
     return {"loss": float(sums[0] / sums[1]), **counts.result(sums[2:])}
 
 
 @torch.no_grad()
-def predict(
-    model: Model,
-    source: Source | Stream,
-    *,
-    block_samples: int,
-    precision: str,
-    peers: Peers,
-    device: torch.device,
-) -> list[tuple[int, Any]]:
+def predict(model: Model, source: Source | Stream, how: Pass) -> list[tuple[int, Any]]:
     """Return this worker's numbered blocks of outputs, as numpy arrays in the structure that the model returns."""
     model.train(False)
     outputs: list[tuple[int, Any]] = []
-    for index, batch in own_blocks(source, block_samples, peers, device):
+    for index, batch in how.blocks(model, source):
         inputs = _inputs(batch)
-        with autocast(precision, device):
+        with autocast(how.precision, how.device):
             output = call(model, inputs)
         outputs.append((index, tree_map(_to_numpy, output)))
     return outputs

@@ -13,18 +13,16 @@ from typing import Any
 
 import torch
 
-from lepton_ray.data.batch import Batch
+from lepton_ray.data.batch import samples as count
 from lepton_ray.data.feed import Feed, StepPlan
-from lepton_ray.errors import ConfigError, RunFailed
+from lepton_ray.errors import RunFailed
 from lepton_ray.train import optimizers
 from lepton_ray.train.buffers import BufferFold
 from lepton_ray.train.model import Model
+from lepton_ray.train.objective import StepFn, read_step
 from lepton_ray.train.peers import Peers
-from lepton_ray.train.reduce import Reducer
-from lepton_ray.train.step import Committed, fetch, not_finite, vote
-
-StepFn = Callable[[Any, Batch, Any], Any]
-"""(the user's module, batch, optimizer or list or dict of them) -> loss, or dict with "loss" and other scalars."""
+from lepton_ray.train.reduce import Reducer, sum_of
+from lepton_ray.train.step import Committed, Extras, fetch, not_finite, vote
 
 
 class SharedOptimizer:
@@ -35,8 +33,11 @@ class SharedOptimizer:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._reducer = Reducer({str(i): p for i, p in enumerate(parameters)}, allreduce)
         self._allreduce = allreduce
-        self._share = 1.0
+        self.share = 1.0
+        """What the gradients of this worker are multiplied by before they are summed."""
         self.steps = 0
+        self.gradients = torch.zeros((), dtype=torch.float64)
+        """The sum of all gradients of the step, inf or nan when one of them was."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -50,8 +51,9 @@ class SharedOptimizer:
     def step(self) -> None:
         """Average the gradients over the samples of all workers and update."""
         self._reducer.reclaim()
-        self._reducer.scale(self._share)
+        self._reducer.scale(self.share)
         self._reducer.finish()
+        self.gradients = self.gradients + sum_of(self._reducer.buckets)
         self._drop_unused()
         optimizers.step(self.optimizer)
         self._reducer.reclaim()
@@ -59,7 +61,7 @@ class SharedOptimizer:
 
     def begin(self, share: float) -> None:
         """Start a step of the run in which this worker has the part `share` of the samples."""
-        self._share, self.steps = share, 0
+        self.share, self.steps, self.gradients = share, 0, torch.zeros((), dtype=torch.float64)
         self._reducer.begin()
 
     def _drop_unused(self) -> None:
@@ -99,7 +101,7 @@ class FreeStepper:
         """shape: turn the named optimizers into what the user's `optimizer=` returned (one, a list, a dict)."""
         allreduce = peers.allreduce if peers.world > 1 else None
         self._model, self._step_fn, self._feed, self._peers = model, step_fn, feed, peers
-        self._device, self._seed = device, seed
+        self._device, self._seed, self._extras = device, seed, Extras(peers)
         self._shared = {name: SharedOptimizer(o, allreduce) for name, o in optimizers.items()}
         self._argument = shape(self._shared)
         self._buffers = BufferFold(model.buffers(), allreduce)
@@ -114,49 +116,35 @@ class FreeStepper:
         self._buffers.begin(sum(size > 0 for size in plan.sizes))
         batch = fetch(self._feed, self._model, self._device, self._seed, step, m if samples else 0)
         self._buffers.enter()
-        loss, extra = _split(self._step_fn(self._model.user_module, batch, self._argument))
+        outcome = read_step(self._step_fn(self._model.user_module, batch, self._argument), count(batch))
+        weight = outcome.weight if samples else 0.0
         if not any(shared.steps for shared in self._shared.values()):
-            loss.backward()
+            whole = vote(self._peers, [weight])[0]
+            outcome.loss_sum.backward()
             for shared in self._shared.values():
+                shared.share = bool(samples) / (whole or 1.0)
                 shared.step()
         if samples:
             self._buffers.leave(m)
         self._buffers.reduce()
-        loss_sum, agreed_samples, stop, *sums = vote(
-            self._peers,
-            [_number(loss) * samples, samples, wish, *(_number(extra[key]) * samples for key in sorted(extra))],
+        own_sum = float(outcome.loss_sum.detach()) if samples else 0.0
+        extra = {name: (float(part), share) for name, (part, share) in outcome.extra.items()} if samples else {}
+        loss_sum, weight, agreed_samples, stop, *sums = vote(
+            self._peers, [own_sum, weight, samples, wish, *self._extras.numbers(extra)]
         )
-        if not math.isfinite(loss_sum):
+        gradients = float(sum(shared.gradients.cpu() for shared in self._shared.values()))
+        if not math.isfinite(loss_sum) or not math.isfinite(gradients):
             raise RunFailed(not_finite(step, loss_sum))
         self._buffers.apply()
         return Committed(
             loss_sum=loss_sum,
-            weight=agreed_samples,
+            weight=weight,
             samples=int(agreed_samples),
             stop=stop > 0,
-            extra={key: value / agreed_samples for key, value in zip(sorted(extra), sums)},
+            extra=self._extras.means(sums),
         )
-
-    def vote(self, wish: bool) -> bool:
-        """Hold a ballot without a step; return whether anybody wishes to stop."""
-        return vote(self._peers, [wish])[0] > 0
 
     def close(self) -> None:
         """Take the hooks off the model."""
         for shared in self._shared.values():
             shared.close()
-
-
-def _split(returned: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Part what a `step_fn` returned into its loss and its other scalars."""
-    if isinstance(returned, Mapping):
-        if "loss" not in returned:
-            raise ConfigError(f'step_fn returned a dict without "loss"; its keys are {sorted(returned)}.')
-        return returned["loss"], {key: value for key, value in returned.items() if key != "loss"}
-    if not isinstance(returned, torch.Tensor) or returned.numel() != 1:
-        raise ConfigError(f"step_fn returned {type(returned).__name__}; expected a scalar loss or a dict with one.")
-    return returned, {}
-
-
-def _number(value: Any) -> float:
-    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)

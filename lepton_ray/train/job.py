@@ -12,7 +12,8 @@ from lepton_ray.data.feed import open_feed
 from lepton_ray.data.sources import Source, Stream
 from lepton_ray.storage import Folder
 from lepton_ray.train import weights
-from lepton_ray.train.evaluate import evaluate, predict
+from lepton_ray.train.checkpoint_format import load, newest
+from lepton_ray.train.evaluate import predict
 from lepton_ray.train.loop import Loop, Report
 from lepton_ray.train.parts import load_weights, make_parts
 from lepton_ray.train.peers import Peers
@@ -39,7 +40,7 @@ class Task:
         torch.set_num_threads(spec.threads)
         if spec.reproducible:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            torch.set_deterministic_debug_mode("error")  # `use_deterministic_algorithms` imports the compiler: 2 s
         self._spec, self._peers, self._report, self._source = spec, peers, report, test_source
         feed = None
         if train_source is not None:
@@ -75,16 +76,10 @@ class Task:
             self._loop.run()
             return []
         self._load()
-        common: dict[str, Any] = {
-            "block_samples": -(-self._spec.batch.samples // self._peers.world),
-            "precision": self._spec.precision,
-            "peers": self._peers,
-            "device": self._parts.device,
-        }
         assert self._source is not None
         if self._spec.mode == "predict":
-            return predict(self._parts.model, self._source, **common)
-        found = evaluate(self._parts.model, self._parts.judge, self._parts.counts, self._source, **common)
+            return predict(self._parts.model, self._source, self._parts.how)
+        found = self._parts.evaluate(self._source)
         if self._peers.rank == 0:
             self._report("evaluated", metrics=found)
         return []
@@ -98,7 +93,12 @@ class Task:
             self._report("note", text=text)
 
     def _load(self) -> None:
-        """Load the trained weights of the run, when it has any."""
+        """Load the trained weights of the run, or those of its newest checkpoint, when it has any."""
         folder = Folder(self._spec.run_url)
         if folder.exists(weights.NAME):
             load_weights(self._parts.model, weights.read_weights(folder))
+            return
+        found, _ = newest(folder.sub("checkpoints"))
+        if found is not None:
+            load_weights(self._parts.model, load(folder.sub("checkpoints"), found.step)[0])
+            self._note(f"the run has not finished: these are its weights after {found.step} steps")

@@ -100,11 +100,6 @@ class KerasModel:
         """Name all weights by position. Seeds are left out: `seed` sets them before they are used."""
         return {name: v.value.detach() for name, v in self._weights.items()}
 
-    def penalty(self) -> torch.Tensor | None:
-        with self.scope():
-            losses = [loss.sum() for loss in self.keras_model.losses]
-        return torch.stack(losses).sum() if losses else None
-
     def compute_loss(self, inputs: Any, target: Any, outputs: Any) -> torch.Tensor:
         """Return the mean loss as the model computes it itself, with its penalty."""
         mode = {"training": self._training} if self._loss_takes_training else {}
@@ -212,7 +207,7 @@ def prepare(
     elif own.loss is None:
         if target is None:
             raise ConfigError(NO_SAMPLE)
-        activation = last_activation(model)
+        activation = last_activation(model.keras_model)
         inferred = infer(activation, target, _like(model.keras_model.output_shape, target.shape))
     compile_model(
         model,
@@ -265,15 +260,11 @@ def infer(activation: str | None, target: TargetFacts, outputs: tuple[int, ...])
     return KerasDefaults(loss=loss, metrics=metrics, why=why)
 
 
-def last_activation(model: KerasModel) -> str | None:
-    """Return the name of the activation that the model ends with. Raises ConfigError when its layers do not tell."""
-    return _last_activation(model.keras_model)
-
-
 _RESHAPING = ("Reshape", "Flatten", "Permute", "Dropout")
 
 
-def _last_activation(model: keras.Model) -> str | None:
+def last_activation(model: keras.Model) -> str | None:
+    """Return the name of the activation that the model ends with. Raises ConfigError when its layers do not tell."""
     kinds = {c.__name__ for c in type(model).__mro__}
     if not kinds & {"Functional", "Sequential"} or len(model.outputs) != 1:
         raise ConfigError(
@@ -284,7 +275,7 @@ def _last_activation(model: keras.Model) -> str | None:
     while type(last).__name__ in _RESHAPING:
         last = last.input._keras_history.operation
     if isinstance(last, keras.Model):
-        return _last_activation(last)
+        return last_activation(last)
     if type(last).__name__ in ("Softmax", "Sigmoid"):
         return type(last).__name__.lower()
     return getattr(getattr(last, "activation", None), "__name__", None)

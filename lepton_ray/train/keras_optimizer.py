@@ -10,20 +10,15 @@ from typing import Any
 import keras
 import torch
 
-from lepton_ray.errors import CheckpointError, ConfigError
+from lepton_ray.errors import CheckpointError
 from lepton_ray.train.keras import KerasModel
 
 
 class KerasOptimizer:
-    """A Keras optimizer that the loop drives like a torch optimizer."""
+    """The Keras optimizer that a model was compiled with, which the loop drives like a torch optimizer."""
 
-    def __init__(self, model: KerasModel, optimizer: Any = None) -> None:
-        """optimizer: a word or a Keras optimizer; None: what the model was compiled with. Raises ConfigError."""
-        try:
-            with model.scope():
-                chosen = keras.optimizers.get(optimizer or model.keras_model.optimizer)
-        except ValueError as error:
-            raise ConfigError(f"optimizer={optimizer!r} is not known to Keras: {error}") from error
+    def __init__(self, model: KerasModel) -> None:
+        chosen = model.keras_model.optimizer
         self.keras_optimizer, self._model = chosen, model
         self._variables = model.keras_model.trainable_variables
         chosen.loss_scale_factor = None  # gradients arrive unscaled
@@ -72,7 +67,8 @@ class KerasOptimizer:
         for mine, saved in zip(own.values(), state.values()):
             mine.copy_(saved)
 
-    def finalize(self) -> None:
-        """Put averaged weights in place at the end of training, where the optimizer keeps them (`use_ema=True`)."""
+    def finalize(self) -> bool:
+        """Put averaged weights in place at the end of training; tell whether there are any (`use_ema=True`)."""
         with self._model.scope(), torch.no_grad():
             self.keras_optimizer.finalize_variable_values(self._variables)
+        return bool(self.keras_optimizer.use_ema)

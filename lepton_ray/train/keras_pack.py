@@ -182,7 +182,8 @@ def _to_numpy(tensor: Any) -> Any:
     return tensor
 
 
-_SETTINGS = ("floatx", "epsilon", "image_data_format")
+_SETTINGS = {"floatx": "float32", "epsilon": 1e-7, "image_data_format": "channels_last"}
+"""Keras' process-wide settings, as a new process has them."""
 
 
 def settings() -> dict[str, Any]:
@@ -192,11 +193,12 @@ def settings() -> dict[str, Any]:
 
 
 def apply_settings(options: Mapping[str, Any]) -> None:
-    """Make settings of another process those of this one."""
+    """Make settings of another process those of this one; what it did not say is as in a new process."""
     import keras
 
-    for name, value in options.items():
+    for name, value in {**_SETTINGS, **options}.items():
         getattr(keras.config, f"set_{name}")(value)
+    keras.config.set_dtype_policy(keras.config.floatx())  # Keras keeps the policy that followed from an earlier floatx
 
 
 def restart_names() -> None:

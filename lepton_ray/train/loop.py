@@ -7,16 +7,18 @@ next step, or after a closing ballot, because only then has every worker applied
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from lepton_ray.callbacks import Callback, RunView
+from lepton_ray.data.datasets import qualified_name
 from lepton_ray.data.feed import Feed, StreamFeed
 from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import RunFailed
@@ -24,9 +26,9 @@ from lepton_ray.plan.batch import own
 from lepton_ray.storage import Folder
 from lepton_ray.train.checkpoint import Checkpointer
 from lepton_ray.train.checkpoint_format import load, newest
-from lepton_ray.train.evaluate import evaluate
 from lepton_ray.train.parts import Parts
 from lepton_ray.train.peers import Peers
+from lepton_ray.train.reduce import sum_of
 from lepton_ray.train.spec import TrainSpec
 from lepton_ray.train.step import Committed, vote
 from lepton_ray.train.weights import write_weights
@@ -36,16 +38,19 @@ Report = Callable[..., None]
 
 WRITE_OUT_S = 8.0
 """How long a run that failed waits for a checkpoint that is being written."""
+LAST_WRITE_S = 600.0
+"""How long a run waits for its last checkpoint."""
 SPEED_WINDOW_S = 2.0
 """Samples per second are measured over at least so long, or since the last record that carried them."""
 
 
 @dataclass(slots=True)
 class _Epoch:
-    """Running sums of an epoch's training loss."""
+    """Running sums of an epoch's training loss, and what was measured on the test data in it."""
 
     loss_sum: float = 0.0
     weight: float = 0.0
+    tested: dict[str, float] = field(default_factory=dict)
 
     def add(self, committed: Committed) -> None:
         self.loss_sum += committed.loss_sum
@@ -108,6 +113,9 @@ class Loop:
         self._speed = _Speed()
         self._pending: dict[str, Any] | None = None
         self._metrics: dict[str, float] = {}
+        """The last of each."""
+        self._measured: dict[str, float] = {}
+        """What was measured of the weights as they are now."""
         self._saved_step = -1
         self._validated_step = -1
         self._saved: deque[dict[str, Any]] = deque()
@@ -130,9 +138,9 @@ class Loop:
     def _train(self) -> None:
         self._resume()
         self._parts.model.train(True)
-        total = self._total_steps()
+        end = self._total_steps()
         stop, has_room = self._has_stopped, False
-        while not stop and (total is None or self.step < total) and not self._is_over():
+        while not stop and (end is None or self.step < end) and not self._is_over():
             stop = self._one_step()
             if self._checkpointer and not has_room:
                 # The optimizer has its state now: the next checkpoint finds memory of the right size.
@@ -163,21 +171,22 @@ class Loop:
         self._report("work", step=self.step, first=self._owned.start, sizes=[plan.sizes[m] for m in self._owned])
         self._parts.schedulers.after_step()
         self.step += 1
+        self._measured = {}
         stop = committed.stop
-        if plan.is_epoch_end:
-            stop |= self._end_epoch()
-            self._epoch += 1
-        if self._is_due(self._spec.validate_every):
+        if self._is_due(self._spec.validate_every, plan.is_epoch_end):
             self._settle()
             self._validate()
-        every = self._spec.checkpoints.every_steps
-        if self._is_due(every) or (every is None and plan.is_epoch_end):
+        if plan.is_epoch_end:
+            stop |= self._end_epoch()
+        limits = self._spec.checkpoints
+        has_best = limits.best is not None and limits.best in self._measured
+        if has_best or self._is_due(limits.every_steps, plan.is_epoch_end):
             self._settle()
             self._save(stop)
         return stop
 
-    def _is_due(self, every: int | None) -> bool:
-        return every is not None and self.step % every == 0
+    def _is_due(self, every: int | None, is_epoch_end: bool) -> bool:
+        return is_epoch_end if every is None else self.step % every == 0
 
     def _record(self, committed: Committed) -> dict[str, Any]:
         record = {
@@ -196,7 +205,7 @@ class Loop:
 
     def _settle(self) -> bool:
         """Hold a closing ballot: the last step is stable. Return whether anybody wishes to stop."""
-        stop = self._stepper.vote(self._wishes())
+        stop = vote(self._peers, [self._wishes()])[0] > 0
         self._publish()
         return stop
 
@@ -217,20 +226,14 @@ class Loop:
     def _end_epoch(self) -> bool:
         """Evaluate, report and call back at the end of an epoch; return whether anybody wishes to stop now."""
         self._settle()
-        self._metrics["train_loss"] = self._sums.loss
-        self._sums = _Epoch()
-        if self._test_source is not None and self._spec.validate_every is None:
-            self._validate()
-        self._parts.schedulers.after_epoch(self._metrics)
+        found = {"train_loss": self._sums.loss, **self._sums.tested}
+        self._note(found)
+        self._parts.schedulers.after_epoch(found.get("train_loss" if self._test_source is None else "test_loss"))
         if self._is_first:
-            record = {
-                "epoch": self._epoch,
-                "step": self.step,
-                "samples_per_s": self._speed.value,
-                **self._metrics,
-            }
+            record = {"epoch": self._epoch, "step": self.step, "samples_per_s": self._speed.value, **found}
             self._report("epoch", **record)
             self._call("on_epoch", record)
+        self._epoch, self._sums = self._epoch + 1, _Epoch()
         return self._settle()
 
     def _validate(self) -> None:
@@ -238,19 +241,20 @@ class Loop:
         if self._test_source is None or self._validated_step == self.step:
             return
         self._validated_step = self.step
-        found = evaluate(
-            self._parts.model,
-            self._parts.judge,
-            self._parts.counts,
-            self._test_source,
-            block_samples=-(-self._spec.batch.samples // self._peers.world),
-            precision=self._spec.precision,
-            peers=self._peers,
-            device=self._parts.device,
-        )
-        self._metrics.update({f"test_{name}": value for name, value in found.items()})
+        found = {f"test_{name}": value for name, value in self._parts.evaluate(self._test_source).items()}
+        best = self._spec.checkpoints.best
+        if self._is_first and best not in (None, "train_loss", *found) and "test_loss" not in self._metrics:
+            names = ", ".join(["train_loss", *found])
+            self._report("note", text=f"Checkpoints(best={best!r}) keeps nothing: what is measured is {names}.")
+        self._sums.tested = found
+        self._note(found)
         if self._is_first:
             self._report("validated", step=self.step, epoch=self._epoch, **self._metrics)
+
+    def _note(self, found: dict[str, float]) -> None:
+        """Take in what was measured at this step."""
+        self._measured |= found
+        self._metrics |= found
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -262,6 +266,8 @@ class Loop:
             best=limits.best,
             best_mode=limits.best_mode,
             on_event=self._on_checkpoint_event,
+            # Nobody may wait for rank 0 for so long that it is given up.
+            write_timeout_s=LAST_WRITE_S if self._peers.world == 1 else self._spec.patience_s / 2,
         )
 
     def _on_checkpoint_event(self, kind: str, **fields: Any) -> None:
@@ -271,32 +277,43 @@ class Loop:
             self._saved.append(fields)
 
     def _save(self, stop: bool = False) -> None:
-        """Stage the state after a settled step; it is written in the background.
+        """Copy the state after a settled step; it is written in the background.
 
         It counts as saved when the work that made it is on record: the receipt must survive whatever the model does.
-        stop: the workers agreed to stop here.
+        stop: the workers agreed to stop here. Raises RunFailed, on all workers, for weights that are inf or nan.
         """
-        if self._checkpointer is None or self._saved_step == self.step:
+        if self._saved_step == self.step:
+            return
+        if not math.isfinite(sum_of(self._parts.model.parameters().values())):
+            raise RunFailed(
+                f"some weights are inf or nan after {self.step} steps. Lower the learning rate; the last checkpoint is "
+                "from before it."
+            )
+        self._saved_step = self.step
+        if self._checkpointer is None:
             return
         tensors, state = self._parts.state()
         state |= {
             "epoch": self._epoch,
-            "epoch_sums": [self._sums.loss_sum, self._sums.weight],
+            "epoch_sums": asdict(self._sums),
             "metrics": self._metrics,
-            "callbacks": [callback.state_dict() for callback in self._parts.callbacks],
+            "measured": self._measured,
+            "callbacks": [[qualified_name(callback), callback.state_dict()] for callback in self._parts.callbacks],
             "stop_reason": self._stop_reason,
             "has_stopped": stop and self._stop_reason is not None,
         }
         step = self.step
-        self._checkpointer.stage(step, tensors, state, generation=self._generation)
-        self._checkpointer.commit(step, after=lambda: self._record_to(step))
-        self._saved_step = step
+        if not self._checkpointer.save(
+            step, tensors, state, generation=self._generation, after=lambda: self._record_to(step)
+        ):
+            self._saved_step = -1
 
     def _resume(self) -> None:
         """Load the newest valid checkpoint, the one that rank 0 chooses; without one, agree on the first weights."""
-        found, problems = newest(self._folder.sub("checkpoints")) if self._is_first else (None, [])
-        step = int(vote(self._peers, [found.step + 1 if found else 0])[0]) - 1
-        for problem in problems:
+        # All look, since all would wait for one that does: it reads the checkpoint to the end.
+        found, problems = newest(self._folder.sub("checkpoints"))
+        step = int(vote(self._peers, [found.step + 1 if found and self._is_first else 0])[0]) - 1
+        for problem in problems if self._is_first else ():
             self._report("checkpoint_refused", reason=problem)
         if step < 0:
             for tensor in self._parts.model.state().values():
@@ -310,11 +327,10 @@ class Loop:
         tensors, state = load(self._folder.sub("checkpoints"), step)
         self._parts.load(tensors, state)
         self.step, self._epoch, self._metrics = step, state["epoch"], state["metrics"]
-        self._sums = _Epoch(*state["epoch_sums"])
+        self._sums = _Epoch(**state["epoch_sums"])
         self._saved_step = step
         self._stop_reason, self._has_stopped = state["stop_reason"], state["has_stopped"]
-        for callback, saved in zip(self._parts.callbacks, state["callbacks"]):
-            callback.load_state_dict(saved)
+        self._load_callbacks(state["callbacks"])
         self._feed.seek(step)
         if self._is_first:
             self._report("resumed", step=step, epoch=self._epoch)
@@ -325,15 +341,18 @@ class Loop:
         """Evaluate, save, check that all workers hold the same model, and report the end."""
         is_complete = not stopped or vote(self._peers, [self._stop_reason is not None])[0] > 0
         if self._sums.weight:
-            self._metrics["train_loss"] = self._sums.loss
+            self._note({"train_loss": self._sums.loss})
         if is_complete:
-            self._parts.finalize()
+            if self._parts.finalize():  # these are other weights than those that were measured and saved
+                self._validated_step, self._saved_step, self._measured = -1, -1, {}
             self._validate()
         digest = weights_digest(self._parts.model.state())
         self._compare(digest)
+        if self._checkpointer is not None:
+            self._checkpointer.write_timeout_s = LAST_WRITE_S  # nobody waits for this rank any more
+        self._save(stopped)
         if self._checkpointer is None:
             return
-        self._save()
         self._checkpointer.close()
         self._tell_saved()
         end = {"step": self.step, "epoch": self._epoch, "metrics": self._metrics, "sha256": digest}
@@ -358,6 +377,15 @@ class Loop:
 
     def _wishes(self) -> bool:
         return self._stop_reason is not None or self._wish()
+
+    def _load_callbacks(self, saved: list[list[Any]]) -> None:
+        """Give each callback the state of the first one of its class that is left; callbacks may come and go."""
+        waiting = list(saved)
+        for callback in self._parts.callbacks:
+            found = next((pair for pair in waiting if pair[0] == qualified_name(callback)), None)
+            if found is not None:
+                waiting.remove(found)
+                callback.load_state_dict(found[1])
 
     def _call(self, hook: str, record: dict[str, Any]) -> None:
         self._view.step, self._view.epoch = self.step, self._epoch

@@ -64,10 +64,7 @@ def _worded(name: str, metric: Callable[[Tensor, Tensor], tuple[Tensor, float]])
                 f"metrics={name!r} compares outputs with a target tensor; the batch has "
                 f"{'none' if target is None else type(target).__name__}. Leave the metric out or pass a callable."
             )
-        scores = scores_of(outputs).detach()
-        if scores.device.type == "mps":  # has no float64
-            scores, target = scores.cpu(), target.cpu()
-        return metric(scores, target)
+        return metric(scores_of(outputs).detach(), target)
 
     return measure
 
@@ -152,4 +149,4 @@ def _float64(value: Any) -> Tensor:
         raise ConfigError(
             f"a metric returned {type(value).__name__}; expected a number, one value per sample, or (sum, weight)."
         ) from error
-    return (value.cpu() if value.device.type == "mps" else value).double()
+    return value.double()

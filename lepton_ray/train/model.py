@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +19,8 @@ class Buffer:
 
     keep: the part of the old value that one forward keeps, when the change has the form
     new = keep * old + (1 - keep) * observed (BatchNorm: 1 - momentum). None: a plain running mean over all forwards
-    so far (BatchNorm with momentum=None). 1.0 for anything else: the changes of the microbatches are added up.
+    so far (BatchNorm with momentum=None). 0.0: the last forward decides (the vectors of a spectral norm). 1.0 for
+    anything else: the changes of the microbatches are added up.
     count: for keep=None, the tensor that counts the forwards.
     owner: the dictionary that holds the tensor under `key`, when a forward may replace it by a new one
     (`self.mean = 0.9 * self.mean + ...`).
@@ -65,9 +68,6 @@ class Model(Protocol):
     def state(self) -> dict[str, torch.Tensor]:
         """Name all live tensors that make the model (a tied tensor once), in a fixed order."""
 
-    def penalty(self) -> torch.Tensor | None:
-        """Return what the last forward adds to the mean loss (regularizers, add_loss), if anything."""
-
 
 class TorchModel:
     """A `torch.nn.Module`, moved to `device`."""
@@ -98,9 +98,6 @@ class TorchModel:
         tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
-    def penalty(self) -> torch.Tensor | None:
-        return None
-
 
 def _changing_buffers(module: nn.Module) -> Iterator[Buffer]:
     seen: set[int] = set()
@@ -114,4 +111,11 @@ def _changing_buffers(module: nn.Module) -> Iterator[Buffer]:
                 keep = None if child.momentum is None else 1 - child.momentum
                 yield Buffer(name=name, tensor=tensor, keep=keep, count=child.num_batches_tracked)
             else:
-                yield Buffer(name=name, tensor=tensor, owner=child._buffers, key=key)
+                keep = 0.0 if _is_spectral(child, key) else 1.0
+                yield Buffer(name=name, tensor=tensor, keep=keep, owner=child._buffers, key=key)
+
+
+def _is_spectral(module: nn.Module, key: str) -> bool:
+    """Tell the vectors of a spectral norm, which each forward improves a little, in its new and its old form."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+    return isinstance(module, _SpectralNorm) or any(key in (f"{hook.name}_u", f"{hook.name}_v") for hook in hooks)

@@ -44,15 +44,15 @@ Objective = Callable[[Model, Batch], Outcome]
 Measure = Callable[[Any, Any, Batch], tuple[Tensor, float]]
 """(outputs, target, batch) -> (loss sum, weight)."""
 StepFn = Callable[[Any, Batch, Any], Any]
-"""(the user's module, batch, optimizers) -> loss, (sum, weight), or a dict with "loss" and scalars."""
+"""(the user's module, batch, optimizers: one, or a list or dict) -> loss, (sum, weight), or a dict with "loss" and
+scalars."""
 
 
 def make_objective(loss: Any, step_fn: StepFn | None = None, optimizers: Any = None) -> Objective:
     """Return the function that computes the loss of a microbatch.
 
     loss: a word, a callable(outputs, target), or None when the model's outputs carry a loss.
-    step_fn: takes the place of `loss`; it must return its loss and leave the stepping to the caller. What it returns
-    is taken as it is: no penalty is added.
+    step_fn: takes the place of `loss`; it must return its loss and leave the stepping to the caller.
     optimizers: handed to `step_fn`.
     Raises ConfigError.
     """
@@ -67,7 +67,7 @@ def make_objective(loss: Any, step_fn: StepFn | None = None, optimizers: Any = N
         inputs, target = split_target(batch)
         outputs = call(model, inputs)
         loss_sum, weight = measure(outputs, target, batch)
-        return Outcome(loss_sum=_with_penalty(model, loss_sum, weight), weight=weight, outputs=outputs, target=target)
+        return Outcome(loss_sum=loss_sum, weight=weight, outputs=outputs, target=target)
 
     return objective
 
@@ -263,31 +263,30 @@ def _carried(model: Model, batch: Batch) -> Outcome:
             "Pass loss=, or give the model what it needs to compute one."
         )
     loss_sum, weight = weigh(loss, samples(batch))
-    return Outcome(loss_sum=_with_penalty(model, loss_sum, weight), weight=weight, outputs=outputs, target=target)
+    return Outcome(loss_sum=loss_sum, weight=weight, outputs=outputs, target=target)
 
 
 def _opened(step_fn: StepFn, optimizers: Any) -> Objective:
     def objective(model: Model, batch: Batch) -> Outcome:
-        returned = step_fn(model.user_module, batch, optimizers)
-        found = returned if isinstance(returned, Mapping) else {"loss": returned}
-        if found.get("loss") is None:
-            keys = f"a dict with the keys {sorted(found)}" if found is returned else type(returned).__name__
-            raise ConfigError(f'step_fn returned {keys}; expected a loss, or a dict with "loss".')
-        count = samples(batch)
-        loss_sum, weight = weigh(found["loss"], count)
-        extra = {
-            name: weigh(torch.as_tensor(value, dtype=torch.float64).detach(), count)
-            for name, value in found.items()
-            if name != "loss"
-        }
-        return Outcome(loss_sum=loss_sum, weight=weight, extra=extra)
+        return read_step(step_fn(model.user_module, batch, optimizers), samples(batch))
 
     return objective
 
 
-def _with_penalty(model: Model, loss_sum: Tensor, weight: float) -> Tensor:
-    penalty = model.penalty()
-    return loss_sum if penalty is None else loss_sum + penalty * weight
+def read_step(returned: Any, count: int) -> Outcome:
+    """Read what a `step_fn` returned for `count` samples. Raises ConfigError."""
+    found = returned if isinstance(returned, Mapping) else {"loss": returned}
+    if found.get("loss") is None:
+        keys = f"a dict with the keys {sorted(found)}" if found is returned else type(returned).__name__
+        raise ConfigError(f'step_fn returned {keys}; expected a loss, or a dict with "loss".')
+    loss = found["loss"]
+    loss_sum, weight = weigh(torch.as_tensor(loss) if isinstance(loss, (int, float)) else loss, count)
+    extra = {
+        name: weigh(torch.as_tensor(value, dtype=torch.float64).detach(), count)
+        for name, value in found.items()
+        if name != "loss"
+    }
+    return Outcome(loss_sum=loss_sum, weight=weight, extra=extra)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -191,12 +191,13 @@ class Schedulers:
         for scheduler in self._per_step:
             scheduler.step()
 
-    def after_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Advance what follows the epochs; a plateau is looked for in test_loss, without it in train_loss."""
+    def after_epoch(self, loss: float | None) -> None:
+        """Advance what follows the epochs. loss: in which a plateau is looked for; None: not measured in this epoch."""
         for scheduler in self._per_epoch:
             scheduler.step()
-        for scheduler in self._waiting:
-            scheduler.step(metrics["test_loss"] if "test_loss" in metrics else metrics["train_loss"])
+        if loss is not None:
+            for plateau in self._waiting:
+                plateau.step(loss)
 
     def rate(self) -> float:
         """Return the learning rate of the first parameter group."""

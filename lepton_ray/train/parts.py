@@ -11,10 +11,11 @@ import torch
 
 from lepton_ray.callbacks import Callback
 from lepton_ray.data.feed import Feed, StreamFeed
+from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.batch import seed_of
 from lepton_ray.train.blueprint import build
-from lepton_ray.train.evaluate import Counts, Sums
+from lepton_ray.train.evaluate import Counts, Pass, Sums, evaluate
 from lepton_ray.train.free_step import FreeStepper
 from lepton_ray.train.metrics import make_metrics
 from lepton_ray.train.model import Model, TorchModel
@@ -41,8 +42,13 @@ class Parts:
     optimizers: Optimizers
     schedulers: Schedulers
     callbacks: Sequence[Callback]
-    device: torch.device
     stepper: Stepper | FreeStepper
+    how: Pass
+    """How evaluations and predictions go."""
+
+    def evaluate(self, source: Source | Stream) -> dict[str, float]:
+        """Return the loss and the metrics over all of `source`; all workers take part."""
+        return evaluate(self.model, self.judge, self.counts, source, self.how)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the live tensors of the model, and the rest of the training state as a tree of tensors and scalars."""
@@ -53,11 +59,10 @@ class Parts:
             "scaler": [scaler.scale, scaler.good_steps] if scaler else None,
         }
 
-    def finalize(self) -> None:
-        """Let optimizers that keep averaged weights put them in place, when training is over."""
-        for optimizer in self.optimizers.named.values():
-            if hasattr(optimizer, "finalize"):
-                optimizer.finalize()
+    def finalize(self) -> bool:
+        """Let optimizers that keep averaged weights put them in place, when training is over; tell whether any did."""
+        named = self.optimizers.named.values()
+        return True in {optimizer.finalize() for optimizer in named if hasattr(optimizer, "finalize")}
 
     def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Take over a state. Raises ConfigError when it is that of another model."""
@@ -131,8 +136,14 @@ def make_parts(
         optimizers=optimizers,
         schedulers=schedulers,
         callbacks=code.callbacks,
-        device=device,
         stepper=stepper,
+        how=Pass(
+            block_samples=-(-spec.batch.samples // (spec.batch.microbatches or peers.world)),
+            precision=spec.precision,
+            seed=spec.seed,
+            peers=peers,
+            device=device,
+        ),
     )
 
 

@@ -49,3 +49,5 @@ class TrainSpec:
     """Steps between evaluations on the test data. None: at the end of each epoch."""
     threads: int
     """torch threads of one worker."""
+    patience_s: float = 60
+    """How long the workers wait for one of them that makes no progress."""

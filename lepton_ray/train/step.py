@@ -20,7 +20,7 @@ from lepton_ray.train.model import Model
 from lepton_ray.train.objective import Objective
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.precision import Scaler, autocast
-from lepton_ray.train.reduce import Reducer
+from lepton_ray.train.reduce import Reducer, sum_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,30 @@ def vote(peers: Peers, values: Sequence[float]) -> list[float]:
     return ballot.tolist()
 
 
+class Extras:
+    """What a `step_fn` returned beside its loss, on its way through the ballots: as many numbers on every worker.
+
+    The first step settles the names: those of rank 0, which owns microbatch 0 in every step.
+    """
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._length: int | None = None
+        self._names: list[str] = []
+
+    def numbers(self, found: Mapping[str, Sequence[float]]) -> list[float]:
+        """Return sums and weights for the ballot; zeros for what this worker did not see."""
+        if self._length is None:
+            self._length = 2 * int(vote(self._peers, [0 if self._peers.rank else len(found)])[0])
+        self._names = self._names or sorted(found)
+        numbers = [number for name in self._names for number in found.get(name, (0.0, 0.0))]
+        return (numbers + [0.0] * self._length)[: self._length]
+
+    def means(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return the means by name, from the ballot's sums."""
+        return {name: total / weight for name, total, weight in zip(self._names, sums[::2], sums[1::2]) if weight}
+
+
 class Stepper:
     """Runs the steps of one worker."""
 
@@ -94,13 +118,13 @@ class Stepper:
         self.scaler = Scaler() if precision == "fp16" else None
         self._reducer = Reducer(model.parameters(), allreduce)
         self._buffers = BufferFold(model.buffers(), allreduce)
-        self._extra_names: list[str] = []
+        self._extras = Extras(peers)
 
     def run(self, step: int, plan: StepPlan, owned: Sequence[int], wish: bool) -> Committed:
         """Do step `step` with the microbatches that this worker owns, together with all others.
 
         wish: this worker wishes to stop after the step.
-        Raises RunFailed when the loss is not finite, PeerLost when another worker is gone.
+        Raises RunFailed when the loss or a gradient is not finite, PeerLost when another worker is gone.
         """
         self._reducer.begin()
         self._buffers.begin(sum(size > 0 for size in plan.sizes))
@@ -128,23 +152,21 @@ class Stepper:
         self._reducer.finish()
         self._buffers.reduce()
         untouched = self._reducer.untouched()
-        self._extra_names = self._extra_names or sorted(extra)
-        extras = [number for name in self._extra_names for number in extra.get(name, (0.0, 0.0))]
-        ballot = vote(self._peers, [float(loss_sum), weight, samples, untouched is not None, wish, *extras])
+        # The same bits on every worker, and read together with the loss.
+        own_sum, gradients = torch.stack([loss_sum, sum_of(self._reducer.buckets)]).tolist()
+        ballot = vote(
+            self._peers, [own_sum, weight, samples, untouched is not None, wish, *self._extras.numbers(extra)]
+        )
         committed = Committed(
             loss_sum=ballot[0],
             weight=ballot[1],
             samples=int(ballot[2]),
             stop=ballot[4] > 0,
-            extra={name: total / n for name, total, n in zip(self._extra_names, ballot[5::2], ballot[6::2]) if n},
+            extra=self._extras.means(ballot[5:]),
         )
         if ballot[3] > 0:
             self._drop_unused(untouched)
-        return self._apply(step, committed, scale)
-
-    def vote(self, wish: bool) -> bool:
-        """Hold a ballot without a step: everybody has applied the last one; return whether anybody wishes to stop."""
-        return vote(self._peers, [wish])[0] > 0
+        return self._apply(step, committed, scale, gradients)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -158,28 +180,25 @@ class Stepper:
         # A worker that owned nothing in this step reached nothing either: unused is what everybody missed.
         self._reducer.drop(untouched == self._peers.world)
 
-    def _apply(self, step: int, committed: Committed, scale: float) -> Committed:
+    def _apply(self, step: int, committed: Committed, scale: float, gradients: float) -> Committed:
         """Turn the summed gradients into the mean, clip it and update; or skip or refuse the step."""
-        is_finite = math.isfinite(committed.loss_sum)
-        if not is_finite and self.scaler is None:
+        is_finite = math.isfinite(committed.loss_sum) and math.isfinite(gradients)
+        if not is_finite and (self.scaler is None or self.scaler.scale == 1.0):
             raise RunFailed(not_finite(step, committed.loss_sum))
         if committed.weight == 0:
             self._buffers.discard()
             return _skipped(committed)
+        if self.scaler:
+            self.scaler.update(is_finite)
+            if not is_finite:
+                self._buffers.discard()
+                return _skipped(committed)
         factor = 1 / (committed.weight * scale)
         norm = None
         if self._clip_norm is not None or self.scaler:
-            norm = math.sqrt(self._reducer.squared_norm()) * factor
-            is_finite = is_finite and math.isfinite(norm)
+            norm = self._reducer.norm() * factor
             if self._clip_norm is not None and norm > self._clip_norm:
                 factor *= self._clip_norm / norm
-        if self.scaler:
-            if not is_finite and self.scaler.scale == 1.0:
-                raise RunFailed(not_finite(step, committed.loss_sum))
-            self.scaler.update(is_finite)
-        if not is_finite and self.scaler:
-            self._buffers.discard()
-            return _skipped(committed)
         self._reducer.scale(factor)
         self._buffers.apply()
         for optimizer in self._optimizers.values():
@@ -194,7 +213,10 @@ def _skipped(committed: Committed) -> Committed:
 
 
 def not_finite(step: int, loss_sum: float) -> str:
+    what = (
+        "a gradient turned inf or nan (the loss did not)" if math.isfinite(loss_sum) else f"the loss turned {loss_sum}"
+    )
     return (
-        f"the loss turned {loss_sum} at step {step}. Lower the learning rate, set Batch(clip_norm=1.0), or look at the "
-        f"samples of this step; the last checkpoint is from before it."
+        f"{what} at step {step}. Lower the learning rate, set Batch(clip_norm=1.0), or look at the samples of this "
+        "step; the last checkpoint is from before it."
     )

@@ -36,6 +36,7 @@ from lepton_ray import (
     journal,
 )
 from lepton_ray.callbacks import RunView
+from lepton_ray.cluster.names import SCHEDULER, actor_names, named_actor
 from lepton_ray.data.order import order
 from lepton_ray.job import Job
 from lepton_ray.storage import Folder
@@ -233,19 +234,21 @@ def test_it_is_refused_before_any_actor_starts(
     make: Callable[[str], DistributedTrainer], fragments: tuple[str, ...], ray_cluster: None, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    asked, before = make(str(tmp_path)), actors()
+    asked, before = make(str(tmp_path)), jobs_and_workers()
     began_s = time.process_time()
     with pytest.raises(ConfigError) as caught:
         asked.submit()
     assert time.process_time() - began_s < 2
-    assert actors() == before
+    assert jobs_and_workers() <= before
     for fragment in fragments:
         assert fragment in str(caught.value)
 
 
-def actors() -> set[str]:
-    """Name the jobs that are running."""
-    return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if "job:" in actor["name"]}
+def jobs_and_workers() -> set[str]:
+    """Name the jobs that the scheduler has and the workers that there are."""
+    scheduler = named_actor(SCHEDULER)
+    jobs = [] if scheduler is None else ray.get(scheduler.overview.remote(), timeout=30)["jobs"]
+    return {*jobs, *(name for name in actor_names() if name.startswith("worker:"))}
 
 
 # --- while workers train ---------------------------------------------------------------------------------------------

@@ -43,17 +43,27 @@ def test_microbatches_of_a_full_batch_differ_by_one_sample_at_most(batch: int, m
 
 
 @given(SIZES, SIZES, st.integers(0, 1000), st.data())
-def test_a_step_is_cut_without_gap_and_only_its_end_is_short(
+def test_a_step_is_cut_without_gap_into_few_even_parts(
     batch: int, microbatches: int, start: int, data: st.DataObject
 ) -> None:
     samples = data.draw(st.integers(1, batch))
     offsets = bounds(batch, microbatches)
     full, parts = cut(0, batch, offsets), cut(start, start + samples, offsets)
     assert flat(parts) == list(range(start, start + samples))
-    sizes = [len(part) for part in parts]
-    partial = [m for m, (size, whole) in enumerate(zip(sizes, full)) if size < len(whole)]
-    # All before the first that is short are full, and all behind it are empty.
-    assert all(size == 0 for size in sizes[partial[0] + 1 :]) if partial else samples == batch
+    sizes = [len(part) for part in parts if part]
+    assert all(parts[: len(sizes)])  # the empty ones are the last
+    assert max(sizes) - min(sizes) <= 1
+    assert all(size <= len(whole) for size, whole in zip(sizes, full))
+    assert samples == batch or sum(map(len, full[: len(sizes) - 1])) < samples  # one less would not hold them
+
+
+def test_a_short_step_in_three_examples() -> None:
+    def sizes(samples: int, batch: int, microbatches: int) -> list[int]:
+        return [len(part) for part in cut(100, 100 + samples, bounds(batch, microbatches))]
+
+    assert sizes(9, 16, 2) == [5, 4]  # and not 8 and 1, of which BatchNorm could not learn
+    assert sizes(18, 24, 4) == [6, 6, 6, 0]
+    assert sizes(3, 64, 4) == [3, 0, 0, 0]
 
 
 @given(st.integers(0, 200), SPEEDS)

@@ -36,7 +36,7 @@ from lepton_ray.plan.membership import (
     begin,
 )
 
-LIMITS = Limits(admit_s=10, start_s=20, form_s=30)
+LIMITS = Limits(admit_s=10, start_s=20)
 CAUSE = Failure(message="ValueError: bad", rank=1, step=3, traceback="Traceback ...")
 ECHO = Failure(message="rank 1 went away", rank=0, is_echo=True)
 WORK = (Phase.STARTING, Phase.FORMING, Phase.TRAINING)
@@ -132,7 +132,7 @@ def test_a_failed_training_ends_with_its_first_cause_when_all_have_answered(last
     [
         (Phase.WAITING, 10, "admit_timeout_s"),
         (Phase.STARTING, 20, "workers [0, 1] did not start within 20 s"),
-        (Phase.FORMING, 30, "workers [0, 1] did not form their group within 30 s"),
+        (Phase.FORMING, 20, "workers [0, 1] did not form their group within 20 s"),
     ],
 )
 def test_a_phase_that_takes_too_long_fails_and_says_who_was_awaited(phase: Phase, limit_s: float, words: str) -> None:
@@ -254,7 +254,7 @@ class Life(RuleBasedStateMachine):
         is_busy = self.run.phase is Phase.TRAINING and self.run.failure is None
         assert self.run.phase is Phase.ENDED or is_busy or self.run.deadline_s is not None
         if self.run.deadline_s is not None:
-            assert self.run.deadline_s <= self.now_s + max(LIMITS.form_s, STOP_GRACE_S)
+            assert self.run.deadline_s <= self.now_s + max(LIMITS.start_s, STOP_GRACE_S)
 
     @invariant()
     def the_outcome_tells_what_happened(self) -> None:

@@ -102,11 +102,77 @@ def test_any_ownership_gives_what_one_worker_gives_in_order(
 
 
 def test_workers_meet_once_for_all_buffers(together: Together) -> None:
+    """And once more, where they learn which ones change."""
+
     def calls(peers: Any) -> int:
         folded(Norms, peers, [0, 1], steps=3)
         return peers.calls
 
-    assert together(2, calls) == [3, 3]
+    assert together(2, calls) == [4, 4]
+
+
+class Masks(nn.Module):
+    """Constants, and one buffer that changes from the third step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("one", "two"):
+            self.register_buffer(name, torch.full((100, 100), -torch.inf).triu(1))
+        self.register_buffer("late", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 4:
+            self.late += 1.5
+        return x
+
+
+def test_constants_are_not_sent(together: Together) -> None:
+    def sent(peers: Any) -> list[int]:
+        sizes: list[int] = []
+        model = TorchModel(Masks(), torch.device("cpu"))
+
+        def allreduce(tensor: torch.Tensor) -> None:
+            sizes.append(tensor.numel())
+            peers.allreduce(tensor)
+
+        fold = BufferFold(model.buffers(), allreduce)
+        for step in range(4):
+            fold.begin(2)
+            fold.enter()
+            model(torch.ones(4 if step >= 2 and peers.rank else 1, CHANNELS))
+            fold.leave(peers.rank)
+            fold.reduce()
+            fold.apply()
+        assert model.module.late.tolist() == [3.0] * 3
+        assert torch.equal(model.module.one, Masks().one)
+        return sizes
+
+    assert together(2, sent) == [[2, 2, 2, 3, 4]] * 2
+
+
+class Dropped(nn.Module):
+    """A BatchNorm that some microbatches skip, the first among them."""
+
+    def __init__(self, used: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.norm, self.used = nn.BatchNorm1d(CHANNELS), used
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) if self.used(len(x)) else x
+
+
+def test_a_layer_that_the_first_microbatch_skips_is_folded_like_any_other(together: Together) -> None:
+    expected = sequential(Dropped(lambda rows: rows > 2), 3, steps=4)
+    for found in together(2, lambda peers: folded(lambda: Dropped(lambda rows: rows > 2), peers, [0, 1, 1], 4)):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor)
+
+
+def test_a_layer_that_the_first_microbatch_skips_stays_among_what_it_saw(together: Together) -> None:
+    owners = [0, 1] * 18
+    for found in together(2, lambda peers: folded(lambda: Dropped(lambda rows: rows > 2), peers, owners, 30)):
+        assert (found["norm.running_var"] > 0).all()
+        assert (found["norm.running_var"] < 4).all()
 
 
 @pytest.mark.parametrize("make", [Norms, Counters])

@@ -42,8 +42,7 @@ def save(folder, *steps, keep=10, metrics=(), **options):
     events = []
     saver = Checkpointer(folder, keep=keep, on_event=lambda kind, **fields: events.append((kind, fields)), **options)
     for i, step in enumerate(steps):
-        saver.stage(step, tensors_of(step), {"step": step, "metrics": {"loss": metrics[i]} if metrics else {}})
-        saver.commit(step)
+        saver.save(step, tensors_of(step), {"step": step, "measured": {"loss": metrics[i]} if metrics else {}})
     saver.close()
     return events
 
@@ -96,8 +95,7 @@ def test_tensors_of_every_type_and_shape_come_back(tmp_path_factory, data):
         bits = torch.randint(0, 2 if dtype == torch.bool else 256, (*shape, dtype.itemsize), dtype=torch.uint8)
         tensors[name] = bits.view(dtype).reshape(shape)
     saver = Checkpointer(folder, keep=1)
-    saver.stage(3, tensors, {"tensors": list(tensors.values())})
-    saver.commit(3)
+    saver.save(3, tensors, {"tensors": list(tensors.values())})
     saver.close()
     found, state = load(folder, 3)
     assert equal({name: found[name] for name in tensors}, tensors)
@@ -113,8 +111,7 @@ def test_the_file_is_plain_safetensors(tmp_path):
     }
     tensors["turned"] = torch.arange(6.0).reshape(2, 3).t()
     saver = Checkpointer(folder, keep=1)
-    saver.stage(1, tensors, None)
-    saver.commit(1)
+    saver.save(1, tensors, None)
     saver.close()
     found = safetensors_torch.load_file(tmp_path / "step-00000001" / "state-0.safetensors")
     assert equal({name: found[name] for name in tensors}, {name: value.contiguous() for name, value in tensors.items()})
@@ -189,53 +186,56 @@ def test_what_cannot_be_kept_is_named(tmp_path):
         flatten({"state": {0: {"hook": lambda: 0}}}, "optimizer", {})
     saver = Checkpointer(Folder(str(tmp_path)), keep=1)
     with pytest.raises(CheckpointError, match=r"state/callbacks/0 is a builtins.set"):
-        saver.stage(1, {}, {"callbacks": [{1}]})
+        saver.save(1, {}, {"callbacks": [{1}]})
     with pytest.raises(CheckpointError, match=r"'w' \(torch.complex128"):
-        saver.stage(1, {"w": torch.zeros(1, dtype=torch.complex128)}, None)
+        saver.save(1, {"w": torch.zeros(1, dtype=torch.complex128)}, None)
     with pytest.raises(CheckpointError, match="sparse"):
-        saver.stage(1, {"w": torch.eye(2).to_sparse()}, None)
+        saver.save(1, {"w": torch.eye(2).to_sparse()}, None)
     saver.close()
 
 
-# --- stage, commit, discard
+# --- copy and write
 
 
-def test_training_may_go_on_after_stage(folder):
+def test_training_may_go_on_after_the_copy(folder):
     saver = Checkpointer(folder, keep=1)
     tensors, state = tensors_of(5), {"step": 5, "list": [1]}
     saver.prepare(tensors, state)
-    assert saver.stage(5, tensors, state, generation=2) > 0
+    assert saver.save(5, tensors, state, generation=2)
     for tensor in tensors.values():
         tensor.zero_()
     state["list"].append(2)
-    saver.commit(5)
     saver.wait()
     assert_is(folder, 5)
     manifest, complaints = newest(folder)
     assert (manifest.step, manifest.generation, complaints) == (5, 2, [])
-    assert manifest.describe() == {"step": 5, "list": [1]}
+    assert manifest.state == {"step": 5, "list": [1]}
     saver.close()
 
 
-def test_a_checkpoint_exists_from_its_commit_on(folder):
+def test_a_checkpoint_exists_when_what_goes_before_it_is_done(folder):
     save(folder, 1)
-    saver = Checkpointer(folder, keep=5)
-    saver.stage(2, tensors_of(2), {"step": 2})
-    saver.wait()
+    may_go, events = threading.Event(), []
+    saver = Checkpointer(folder, keep=5, on_event=lambda kind, **fields: events.append((kind, fields["step"])))
+    written = threading.Event()
+
+    def after():
+        written.set()
+        assert may_go.wait(20)
+
+    saver.save(2, tensors_of(2), {"step": 2}, after=after)
+    assert written.wait(20)
     assert newest(folder)[0].step == 1
-    saver.discard(2)
-    saver.commit(2)
-    saver.stage(2, tensors_of(2), {"step": 2})
-    saver.stage(3, tensors_of(3), {"step": 3})
-    saver.commit(2)
+    may_go.set()
     saver.wait()
     assert newest(folder)[0].step == 2
-    saver.commit(3)
+    saver.save(3, tensors_of(3), {"step": 3}, after=lambda: 1 / 0)
     saver.close()
-    assert newest(folder)[0].step == 3
-    for step in (1, 2, 3):
+    assert events == [("checkpoint_saved", 2), ("checkpoint_failed", 3)]
+    for step in (1, 2):
         assert_is(folder, step)
         assert folder.sub(f"step-0000000{step}").names() == ["manifest.json", "state-0.safetensors"]
+    assert folder.names() == ["step-00000001", "step-00000002"]
 
 
 def test_the_buffer_is_kept(tmp_path):
@@ -244,11 +244,9 @@ def test_the_buffer_is_kept(tmp_path):
     saver.wait()
     place = saver._buffer.data_ptr()
     for step in range(3):
-        saver.stage(step, tensors_of(step), {"step": step})
-        saver.commit(step)
+        saver.save(step, tensors_of(step), {"step": step})
         assert saver._buffer.data_ptr() == place
-    saver.stage(3, {"more": torch.ones(1000)}, None)
-    saver.commit(3)
+    saver.save(3, {"more": torch.ones(1000)}, None)
     saver.close()
     assert load(Folder(str(tmp_path)), 3)[0]["more"].sum() == 1000
 
@@ -256,10 +254,7 @@ def test_the_buffer_is_kept(tmp_path):
 def test_a_step_may_be_saved_again(folder):
     save(folder, 1, 2)
     saver = Checkpointer(folder, keep=5)
-    saver.stage(2, tensors_of(7), {"step": 7})
-    saver.wait()
-    assert_is(folder, 2)  # the old one, until the commit
-    saver.commit(2)
+    saver.save(2, tensors_of(7), {"step": 7}, after=lambda: assert_is(folder, 2))  # the old one stands until the end
     saver.close()
     assert load(folder, 2)[1] == {"step": 7}
     assert folder.sub("step-00000002").names() == ["manifest.json", "state-1.safetensors"]
@@ -281,24 +276,21 @@ class Gate(Folder):
         return Gate(Folder(self.url).sub(*names).url)
 
 
-def test_stage_waits_for_the_write_before_but_not_for_ever(tmp_path):
+def test_a_save_waits_for_the_write_before_but_not_for_ever(tmp_path):
     Gate.entered.clear()
     Gate.opened.clear()
     events = []
     saver = Checkpointer(
         Gate(str(tmp_path)), keep=9, write_timeout_s=0.05, on_event=lambda kind, **fields: events.append((kind, fields))
     )
-    saver.stage(1, tensors_of(1), {"step": 1})
-    saver.commit(1)
+    saver.save(1, tensors_of(1), {"step": 1})
     assert Gate.entered.wait(20)
-    assert saver.stage(2, tensors_of(2), {"step": 2}) >= 0.05
-    saver.commit(2)
+    assert not saver.save(2, tensors_of(2), {"step": 2})
     with pytest.raises(WaitTimeout, match="0.05 s for checkpoints"):
         saver.wait()
     saver.write_timeout_s = 20
     threading.Timer(0.05, Gate.opened.set).start()
-    saver.stage(3, tensors_of(3), {"step": 3})
-    saver.commit(3)
+    saver.save(3, tensors_of(3), {"step": 3})
     saver.close()
     assert [(kind, fields["step"]) for kind, fields in events] == [
         ("checkpoint_saved", 1),
@@ -450,8 +442,7 @@ step = last.step + 1 if last else 1
 saver = Checkpointer(folder, keep=2)
 print("ready", flush=True)
 while True:
-    saver.stage(step, {"weight": torch.full((300, 1000), float(step)), "count": torch.tensor(step)}, {"step": step})
-    saver.commit(step)
+    saver.save(step, {"weight": torch.full((300, 1000), float(step)), "count": torch.tensor(step)}, {"step": step})
     step += 1
 """
 
@@ -482,23 +473,20 @@ def test_a_kill_at_any_moment_leaves_the_last_checkpoint_whole(tmp_path):
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, caplog):
     folder, events = Folder(str(tmp_path)), []
     saver = Checkpointer(folder, keep=1, on_event=lambda kind, **fields: events.append((kind, fields)))
-    saver.stage(1, tensors_of(1), {"step": 1})
-    saver.commit(1)
+    saver.save(1, tensors_of(1), {"step": 1})
     saver.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for step, limit in ((2, 1000), (3, 2000)):  # too small for the tensors; for the manifest with its long state
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            saver.stage(step, tensors_of(2) if step == 2 else {}, {"step": step, "long": "x" * 3000})
-            saver.commit(step)
+            saver.save(step, tensors_of(2) if step == 2 else {}, {"step": step, "long": "x" * 3000})
             saver.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert newest(folder)[0].step == 1
         assert folder.names() == ["step-00000001"]
     assert caplog.text.count("older ones are kept") == 2
-    saver.stage(4, tensors_of(4), {"step": 4})
-    saver.commit(4)
+    saver.save(4, tensors_of(4), {"step": 4})
     saver.close()
     assert_is(folder, 4)
     assert [(kind, fields["step"]) for kind, fields in events] == [
@@ -516,8 +504,7 @@ def test_a_failing_listener_does_not_stop_the_next_checkpoint(tmp_path, caplog):
 
     saver = Checkpointer(Folder(str(tmp_path)), keep=5, on_event=fail)
     for step in (1, 2):
-        saver.stage(step, tensors_of(step), {"step": step})
-        saver.commit(step)
+        saver.save(step, tensors_of(step), {"step": step})
     saver.close()
     assert_is(Folder(str(tmp_path)), 2)
     assert "listener" in caplog.text
@@ -529,9 +516,8 @@ def test_cuda_tensors_are_copied_behind_the_training(tmp_path):
     weight = torch.zeros(4_000_000, device="cuda")
     for step in range(3):
         weight.fill_(step)
-        saver.stage(step, {"weight": weight}, {"moment": weight[:3].double()})
+        saver.save(step, {"weight": weight}, {"moment": weight[:3].double()})
         weight.fill_(-1)
-        saver.commit(step)
     saver.close()
     for step in range(3):
         tensors, state = load(Folder(str(tmp_path)), step)

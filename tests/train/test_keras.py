@@ -107,8 +107,7 @@ def test_objective_is_loss_and_penalty_as_keras_evaluates_them():
     expected = model.user_module.evaluate(DIGITS, LABELS, verbose=0, return_dict=True)
     assert float(outcome.loss_sum.detach()) / outcome.weight == pytest.approx(expected["loss"], rel=1e-5)
     cross_entropy = keras.losses.sparse_categorical_crossentropy(outcome.target, outcome.outputs).mean()
-    assert float(model.penalty().detach()) == pytest.approx(expected["loss"] - float(cross_entropy), rel=1e-4)
-    assert travel(cnn(norm=False)).penalty() is not None
+    assert expected["loss"] > 1.001 * float(cross_entropy)  # so there is a penalty in it
 
 
 def test_loss_over_a_mask_counts_the_steps_that_it_lets_through():
@@ -351,14 +350,18 @@ class Described(Sized):
         return {"width": self.width, "rate": self.dropout.rate}
 
 
-@pytest.mark.parametrize("make", [Plain, lambda: Described(3, rate=0.25)])
+@pytest.mark.parametrize("make", [Plain, lambda: Described(3, rate=0.25)], ids=["plain", "described"])
 def test_subclassed_model_travels_once_it_was_called(make):
     model = make()
     with pytest.raises(ConfigError, match=r"has no weights yet\. Add keras\.Input"):
         blueprint.pack(model)
-    outputs = model(np.ones((2, 4), "float32"))
+    model(np.ones((2, 4), "float32"))
     arrived = travel(model)
-    assert torch.equal(arrived(torch.ones(2, 4)), outputs) or arrived.user_module.dropout.rate == 0.25
+    assert type(arrived.user_module) is type(model)
+    arrived.train(False)
+    assert torch.equal(arrived(torch.ones(2, 4)), model(torch.ones(2, 4), training=False))
+    if isinstance(model, Described):
+        assert arrived.user_module.dropout.rate == 0.25
 
 
 def test_frozen_part_of_a_subclassed_model_is_not_trained_unawares():
@@ -462,7 +465,7 @@ def test_loss_of_a_model_that_was_not_compiled(activation, target, outputs, loss
 
 def test_last_activation_is_found_in_the_layers():
     def ending(*last):
-        return KerasModel(keras.Sequential([keras.Input((4,)), *last]), CPU)
+        return keras.Sequential([keras.Input((4,)), *last])
 
     inputs = keras.Input((4,))
     nested = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Activation("sigmoid")])
@@ -471,11 +474,11 @@ def test_last_activation_is_found_in_the_layers():
     assert worker.last_activation(ending(layers.Dense(4))) == "linear"
     assert worker.last_activation(ending(nested)) == "sigmoid"
     functional = keras.Model(inputs, keras.ops.softmax(layers.Dense(3)(inputs)))
-    assert worker.last_activation(KerasModel(functional, CPU)) == "softmax"
+    assert worker.last_activation(functional) == "softmax"
     subclassed = Plain()
     subclassed(np.ones((1, 4)))
     with pytest.raises(ConfigError, match="no loss follows from model=Plain"):
-        worker.last_activation(KerasModel(subclassed, CPU))
+        worker.last_activation(subclassed)
 
 
 def test_model_that_was_not_compiled_is_prepared_from_a_batch():
@@ -554,10 +557,7 @@ OPTIMIZERS = {
     "sgd with momentum and a schedule": lambda: keras.optimizers.SGD(RATE, momentum=0.9, global_clipnorm=0.5),
     "adam with averages": lambda: keras.optimizers.Adam(use_ema=True, ema_overwrite_frequency=2),
     "adamw accumulating": lambda: keras.optimizers.AdamW(gradient_accumulation_steps=2),
-    **{
-        name: getattr(keras.optimizers, name)
-        for name in ("Nadam", "RMSprop", "Lion", "Adagrad", "Adadelta", "Adamax", "Ftrl", "Adafactor", "Lamb")
-    },
+    "adafactor": keras.optimizers.Adafactor,
 }
 
 
@@ -595,11 +595,13 @@ def test_rate_follows_the_schedule_of_keras():
 
 
 def test_state_of_another_optimizer_is_refused():
-    model = KerasModel(cnn(), CPU)
+    def optimizer(name):
+        model = cnn()
+        model.compile(name, loss="sparse_categorical_crossentropy")
+        return KerasOptimizer(KerasModel(model, CPU))
+
     with pytest.raises(CheckpointError, match="has 2 tensors that do not fit the 14 of Adam"):
-        KerasOptimizer(model, "adam").load_state_dict(KerasOptimizer(model, "sgd").state_dict())
-    with pytest.raises(ConfigError, match="nonsense"):
-        KerasOptimizer(model, "nonsense")
+        optimizer("adam").load_state_dict(optimizer("sgd").state_dict())
 
 
 def test_parameters_without_gradient_stay_as_they_are():
@@ -644,32 +646,18 @@ def test_trained_optimizer_of_the_driver_goes_on():
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
-CLASSES = {
+METRICS = {
     "accuracy": lambda: "accuracy",
-    "top5": lambda: keras.metrics.SparseTopKCategoricalAccuracy(2),
-    "cross entropy": lambda: keras.metrics.SparseCategoricalCrossentropy(),
-    "iou": lambda: keras.metrics.MeanIoU(4, sparse_y_pred=False),
-}
-BINARY = {
     "auc": lambda: keras.metrics.AUC(),
-    "precision": lambda: keras.metrics.Precision(),
-    "recall": lambda: keras.metrics.Recall(),
     "f1": lambda: keras.metrics.F1Score(average="micro", threshold=0.5),
-    "specificity": lambda: keras.metrics.SensitivityAtSpecificity(0.5),
-    "accuracy": lambda: "accuracy",
-}
-DISTANCES = {
-    "rmse": lambda: keras.metrics.RootMeanSquaredError(),
-    "mae": lambda: "mae",
     "r2": lambda: keras.metrics.R2Score(),
     "cosine": lambda: keras.metrics.CosineSimilarity(),
 }
 DRAW = np.random.default_rng(2)
-CASES = [
-    *((make, DRAW.integers(0, 4, 24), DRAW.dirichlet(np.ones(4), 24)) for make in CLASSES.values()),
-    *((make, DRAW.integers(0, 2, (24, 1)), DRAW.random((24, 1))) for make in BINARY.values()),
-    *((make, DRAW.normal(size=(24, 3)), DRAW.normal(size=(24, 3))) for make in DISTANCES.values()),
-]
+CLASSES = DRAW.integers(0, 4, 24), DRAW.dirichlet(np.ones(4), 24)
+BINARY = DRAW.integers(0, 2, (24, 1)), DRAW.random((24, 1))
+NUMBERS = DRAW.normal(size=(24, 3)), DRAW.normal(size=(24, 3))
+CASES = [(METRICS[name], *data) for name, data in zip(METRICS, (CLASSES, BINARY, BINARY, NUMBERS, NUMBERS))]
 
 
 def measured(metric):
@@ -679,7 +667,7 @@ def measured(metric):
     return KerasMetrics(model)
 
 
-@pytest.mark.parametrize(("make", "target", "outputs"), CASES, ids=[*CLASSES, *BINARY, *DISTANCES])
+@pytest.mark.parametrize(("make", "target", "outputs"), CASES, ids=METRICS)
 def test_metrics_over_two_workers_are_those_of_keras(make, target, outputs):
     target, outputs = torch.from_numpy(target), torch.from_numpy(outputs).float()
     expected = measured(make())
@@ -827,20 +815,12 @@ def test_description_follows_structure_and_compile_and_not_weights():
     assert first["parameters"] == cnn().count_params()
 
 
-@pytest.mark.slow
-def test_wrong_backend_is_refused_before_keras_is_imported():
-    code = (
-        "import sys\n"
-        "try:\n    import lepton_ray.train.keras\n"
-        "except ValueError as error:\n    sys.stdout.write(f'{error} {\"keras\" in sys.modules}')"
-    )
-    path = os.pathsep.join(p for p in sys.path if p)
-    env = {**os.environ, "KERAS_BACKEND": "tensorflow", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100, check=True
-    )
-    assert "this process runs KERAS_BACKEND=tensorflow" in done.stdout
-    assert done.stdout.endswith("False")
+def test_wrong_backend_is_refused_before_keras_is_imported(monkeypatch):
+    spec = importlib.util.find_spec("lepton_ray.train.keras")
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    monkeypatch.setitem(sys.modules, "keras", None)  # so that importing it raises ImportError
+    with pytest.raises(ConfigError, match="this process runs KERAS_BACKEND=tensorflow"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def needing(backend):

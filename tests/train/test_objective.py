@@ -159,21 +159,6 @@ def test_sums_leave_half_precision(kind):
         assert float(outcome_of(loss, outputs, torch.zeros(4096, 1, dtype=kind)).loss_sum) == 4096 * 64
 
 
-class Regularized(TorchModel):
-    def penalty(self):
-        return self.module.weight.square().sum()
-
-
-def test_penalty_counts_once_in_the_mean():
-    model = Regularized(linear().module, torch.device("cpu"))
-    target = FLOATS
-
-    def whole(module):
-        return F.mse_loss(module(X), target) + module.weight.square().sum()
-
-    assert_is_mean(make_objective("mse"), model, (X, target), whole, [1, 5])
-
-
 # --- other ways to a loss --------------------------------------------------------------------------------------------
 
 

@@ -280,7 +280,7 @@ def advance(model, optimizer, scheduler, numbers):
         optimizers.step(optimizer)
         scheduler.after_step()
         if number % 2:
-            scheduler.after_epoch({"train_loss": 1.0, "test_loss": max(3.0, 5.0 - number)})
+            scheduler.after_epoch(max(3.0, 5.0 - number))
         rates.append([scheduler.rate(), optimizer.param_groups[0]["momentum"]])
     return rates
 
@@ -327,10 +327,10 @@ def test_a_plateau_looks_at_the_test_loss_first():
         return schedules.ReduceLROnPlateau(o, patience=0, factor=0.5)
 
     _, scheduler = build(plateau, a_model())
-    for losses in ({"train_loss": 1.0, "test_loss": 3.0}, {"train_loss": 2.0, "test_loss": 2.0}, {"train_loss": 1.0}):
-        scheduler.after_epoch(losses)
+    for loss in (3.0, 2.0, None, 1.0, None):
+        scheduler.after_epoch(loss)
     assert scheduler.rate() == 0.1
-    scheduler.after_epoch({"train_loss": 0.1, "test_loss": 9.0})
+    scheduler.after_epoch(9.0)
     assert scheduler.rate() == 0.05
 
 

@@ -18,7 +18,7 @@ import ray
 from ray.util.placement_group import placement_group_table
 
 from lepton_ray import journal
-from lepton_ray.cluster.names import NAMESPACE, controller_name
+from lepton_ray.cluster import launch
 from lepton_ray.storage import Folder
 
 ROOT = Path(__file__).parents[3]
@@ -117,10 +117,7 @@ def saw(storage: str, name: str, event: str, count: int = 1, **fields: Any) -> C
 
 def controller(name: str) -> Any:
     """Return the controller of a run, or None."""
-    try:
-        return ray.get_actor(controller_name(name), namespace=NAMESPACE)
-    except (ValueError, AssertionError):  # the latter: Ray 2.60 has just forgotten the class of an actor that ended
-        return None
+    return launch.find(name)
 
 
 def controller_pid(name: str) -> int:

@@ -1,0 +1,171 @@
+"""Run a whole job in this process, without Ray: the trainer's own preparation, one `Task` per rank, a real journal.
+
+Ranks are threads, joined by real rings over loopback sockets. torch's generators are shared by the threads of a
+process, so with two ranks or more a model must not draw random numbers, and `transform=` must not either.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lepton_ray import DistributedTrainer, journal
+from lepton_ray.collective.ring import Ring
+from lepton_ray.prepare import with_place
+from lepton_ray.result import Result, make_result
+from lepton_ray.storage import Folder
+from lepton_ray.train.job import Task
+from lepton_ray.train.model import Model
+from lepton_ray.train.peers import Alone, Peers
+
+Records = list[dict[str, Any]]
+
+
+class ThreadPeers:
+    """One member of a group of threads; counts its calls, so that a test can say how often workers met."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.rank, self.world, self.calls, self._ring = ring.rank, ring.world, 0, ring
+
+    def allreduce(self, tensor: torch.Tensor) -> None:
+        self.calls += 1
+        self._ring.allreduce(tensor.detach().view(-1).numpy())
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        self.calls += 1
+        self._ring.broadcast(tensor.detach().view(-1).numpy())
+
+
+def form(world: int) -> list[Ring]:
+    """Join `world` rings, each in a thread of its own."""
+    addresses, barrier = [b""] * world, threading.Barrier(world, timeout=10)
+    rings = [Ring(rank, world, secret=b"of this test", timeout_s=10) for rank in range(world)]
+
+    def join(ring: Ring) -> None:
+        def exchange(address: bytes) -> list[bytes]:
+            addresses[ring.rank] = address
+            barrier.wait()
+            return addresses
+
+        ring.form(exchange)
+
+    with ThreadPoolExecutor(world) as pool:
+        list(pool.map(join, rings))
+    return rings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a job left."""
+
+    records: Records
+    """Of all lives of the run, as in its journal (a job that does not train: what it reported)."""
+    result: Result
+    models: list[Model]
+    """Each rank's own copy."""
+    outputs: list[Any]
+    """Numbered blocks of a prediction, of all ranks."""
+
+    def of(self, event: str) -> Records:
+        """Return the records of one kind."""
+        return of(self.records, event)
+
+    @property
+    def losses(self) -> list[float]:
+        """Return the training loss of each step."""
+        return [record["train_loss"] for record in self.of("step")]
+
+
+def of(records: Records, event: str) -> Records:
+    """Return the records of one kind."""
+    return [record for record in records if record["event"] == event]
+
+
+def run_job(
+    model: Any,
+    train_data: Any,
+    test_data: Any = None,
+    *,
+    storage: str,
+    name: str = "job",
+    num_workers: int = 1,
+    mode: str = "train",
+    at: Callable[[str, dict[str, Any]], None] = lambda event, fields: None,
+    wish: Callable[[], bool] = lambda: False,
+    record: Callable[[int], None] = lambda step: None,
+    **options: Any,
+) -> Done:
+    """Do a job to its end; the same name and storage again go on from the newest checkpoint, as in a new process.
+
+    options: as DistributedTrainer takes them. mode: "train", "evaluate" or "predict" (of test_data).
+    at: called with every record before it is written, `record` with a step before its work counts as recorded; either
+    may raise, which is how a test lets a run fail at any moment. wish: whether somebody asks the run to stop.
+    Raises what the first rank that failed raised; the journal stays as it is.
+    """
+    trainer = DistributedTrainer(model, train_data, test_data, num_workers=num_workers, storage=storage, **options)
+    folder = Folder(storage).sub(name)
+    patience_s = trainer._faults.collective_timeout_s
+    spec = replace(with_place(trainer._prepared.spec, name, folder.url), mode=mode, patience_s=patience_s)
+    earlier = journal.read(folder)
+    generation = 1 + max((int(found.get("generation", 0)) for found in earlier), default=0)
+    book, told, lock = journal.Journal(folder), [], threading.Lock()
+    rings = form(num_workers) if num_workers > 1 else []
+    tasks: dict[int, Task] = {}
+
+    def report(rank: int, event: str, fields: dict[str, Any]) -> None:
+        with lock:
+            at(event, fields)
+            if event == "work":
+                fields = {"rank": rank, "rows": [[fields["step"], fields["first"], fields["sizes"]]]}
+            if mode == "train":
+                book.append(event, **{**fields, "generation": generation})
+            told.append({"event": event, **fields})
+
+    def work(peers: Peers) -> list[Any]:
+        try:
+            task = tasks[peers.rank] = Task(
+                spec,
+                train_source=trainer._train if mode == "train" else None,
+                test_source=trainer._test,
+                peers=peers,
+                device=torch.device("cpu"),
+                generation=generation,
+                report=lambda event, /, **fields: report(peers.rank, event, fields),
+                record=record,
+                wish=wish,
+            )
+            outputs = task.run()
+            task.close()
+            return outputs
+        except BaseException:
+            for ring in rings:
+                ring.abort()
+            raise
+
+    try:
+        if rings:
+            with ThreadPoolExecutor(num_workers) as pool:
+                futures = [pool.submit(work, ThreadPeers(ring)) for ring in rings]
+            failed = [future.exception() for future in futures if future.exception() is not None]
+            for error in sorted(failed, key=lambda error: isinstance(error, ConnectionError)):  # the cause first
+                raise error
+            outputs = [block for future in futures for block in future.result()]
+        else:
+            outputs = work(Alone())
+    finally:
+        book.close()
+        for ring in rings:
+            ring.close()
+        torch.set_deterministic_debug_mode("default")
+    records: Records = journal.read(folder) if mode == "train" else told
+    return Done(
+        records=records,
+        result=make_result(name, folder.url, records, trainer._model),
+        models=[tasks[rank]._parts.model for rank in sorted(tasks)],
+        outputs=sorted(outputs, key=lambda block: block[0]),
+    )
