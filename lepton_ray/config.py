@@ -113,7 +113,7 @@ class Checkpoints:
     """When the training state is written, and what is kept."""
 
     every_steps: int | None = None
-    """Steps between checkpoints. None: at the end of each epoch, and ten times in a run of steps= that sees none."""
+    """Steps between checkpoints. None: at the end of each epoch; every 100 to 1000 where steps= may see none."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     best: str | None = None

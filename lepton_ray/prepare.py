@@ -148,11 +148,14 @@ def _check_best(best: str | None) -> None:
 
 
 def _checkpoints(train: Source | Stream, batch: Batch, options: Options) -> Checkpoints:
-    """Fill in when to write checkpoints where no epoch may end in a run of `steps`: ten times."""
+    """Fill in when to write checkpoints where no epoch may end in a run of `steps`.
+
+    Ten times, but not so often that writing them is felt, and not so rarely that much is lost.
+    """
     is_open = not isinstance(train, Source) or -(-len(train) // batch.samples) > (options.steps or 0)
     if options.steps is None or options.checkpoints.every_steps is not None or not is_open:
         return options.checkpoints
-    return replace(options.checkpoints, every_steps=-(-options.steps // 10))
+    return replace(options.checkpoints, every_steps=min(max(100, options.steps // 10), 1000))
 
 
 def _check_no_test(options: Options) -> None:

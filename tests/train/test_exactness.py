@@ -372,17 +372,17 @@ def test_callbacks_that_come_and_go_between_lives_keep_their_states(storage: str
 def test_a_stream_of_steps_is_saved_on_its_way(storage: str) -> None:
     done = run_job(
         net(),
-        Numbers(1000),
+        Numbers(10_000),
         storage=storage,
         batch=BATCH,
         loss="cross_entropy",
         optimizer=sgd,
-        steps=25,
+        steps=250,
         checkpoints=Checkpoints(keep=100),
     )
-    assert [record["step"] for record in done.of("checkpoint_saved")] == [0, *range(3, 25, 3), 25]
+    assert [record["step"] for record in done.of("checkpoint_saved")] == [0, 100, 200, 250]
     short = train(storage, name="short", steps=3)
-    assert [record["step"] for record in short.of("checkpoint_saved")] == [0, 1, 2, 3]
+    assert [record["step"] for record in short.of("checkpoint_saved")] == [0, 3]
     epochs = train(storage, name="epochs", steps=2 * STEPS)
     assert [record["step"] for record in epochs.of("checkpoint_saved")] == [0, STEPS, 2 * STEPS]
 
