@@ -1,4 +1,4 @@
-"""The controller actor of one job: asks `plan.membership` what to do, does it, and writes the journal.
+"""The controller of one job: asks `plan.membership` what to do, does it, and writes the journal.
 
 It is named and detached, so that it does not die with the driver. It may start before it has a job (see the scheduler's
 spare ones), takes one, and ends with it. A driver that holds a lease (`train()`) must keep
@@ -11,10 +11,9 @@ import asyncio
 import functools
 import logging
 import os
-import secrets
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from lepton_ray.cluster.names import CALL_TIMEOUT_S, CONTROLLER_PREFIX, SERVICE
+from lepton_ray.cluster.names import CALL_TIMEOUT_S
 from lepton_ray.cluster.scheduler import Held, Places, free, scheduler
 from lepton_ray.cluster.worker import Assignment, new_worker
 from lepton_ray.config import Faults
@@ -79,12 +78,14 @@ class Controller:
 
     _order: Order
 
-    def __init__(self) -> None:
+    def __init__(self, own: Any, end: Callable[[bool], Any]) -> None:
+        """own: the handle that others call this by. end: see `ControllerHost`; the next life is what it returns."""
+        self._own, self._end_life = own, end
         self._began = asyncio.Event()
         self._records: list[dict[str, Any]] = []
         self._forgotten = 0
         """Records that are in the journal only."""
-        self._news, self._read = asyncio.Event(), asyncio.Event()
+        self._news, self._read, self._left = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._journal: Journal | None = None
         self._refs: dict[str, Any] = {}
         self._places: list[Held] = []
@@ -181,8 +182,10 @@ class Controller:
             self._write([{"event": "phase", "phase": Phase.WAITING.value, "reason": reason}])
 
     async def close(self) -> None:
-        """Let this actor end: the driver has read how the run did."""
+        """End this life: the driver has read how the run did. Returns when the name is free."""
         self._read.set()
+        if self._is_over:
+            await self._left.wait()
 
     # --- called by workers -------------------------------------------------------------------------------------------
 
@@ -246,11 +249,10 @@ class Controller:
             environment=order.environment,
             spare_cpus=order.spare_cpus,
         )
-        own = ray.get_runtime_context().current_actor
         for attempt in range(ASK_AGAIN + 1):
             try:
                 self._scheduler = scheduler()
-                answer: Places | Refuse = await self._scheduler.admit.remote(request, own)
+                answer: Places | Refuse = await self._scheduler.admit.remote(request, self._own)
                 break
             except RayActorError:
                 if attempt == ASK_AGAIN or self._is_over:
@@ -267,10 +269,9 @@ class Controller:
 
     def _start(self) -> None:
         """Create the workers that are not warm yet, and take the lease on all."""
-        own = ray.get_runtime_context().current_actor
         self._workers = [held.actor or new_worker(held) for held in self._places]
         for worker in self._workers:
-            worker.lend.remote(own, self._order.faults.lease_s)
+            worker.lend.remote(self._own, self._order.faults.lease_s)
         self._each(Phase.STARTING, [worker.prepare.remote() for worker in self._workers])
 
     def _form(self, generation: int) -> None:
@@ -322,22 +323,27 @@ class Controller:
         try:
             is_reusable = outcome is Outcome.FINISHED or (failure is not None and failure.is_users)
             if is_reusable:
-                self._scheduler.ending.remote(self._order.name)
+                self._scheduler.ending.remote(self._order.name, self._order.environment)
             self._write([{"event": "ended", "outcome": outcome.value, "reason": reason, **fields}])
             if self._journal:
                 self._journal.close()
         finally:
             await self._let_go(is_reusable)
-            await self._leave()
+            await self._leave(is_reusable)
 
-    async def _leave(self) -> None:
-        """End this actor when the driver has read the end, or will not."""
+    async def _leave(self, is_reusable: bool) -> None:
+        """End this life when the driver has read the end, or will not."""
         is_driver_gone = self._order.has_lease and self._silent_s() > self._order.faults.lease_s
         if not is_driver_gone:
             limit_s = OUTPUTS_S if self._outputs else LINGER_S
             await asyncio.wait([asyncio.create_task(self._read.wait())], timeout=limit_s)
-        # `exit_actor` works in a method that a caller waits for only.
-        ray.kill(ray.get_runtime_context().current_actor)
+        if not is_reusable:
+            self._end_life(False)
+        else:
+            order = self._order
+            with suppress(RayError):  # the scheduler is gone; the next life ends when nobody gives it a job
+                await self._scheduler.keep_spare.remote(order.name, self._own, self._end_life(True), order.environment)
+        self._left.set()
 
     async def _let_go(self, is_reusable: bool) -> None:
         """Hand the workers that are as good as new to the pool; end all others."""
@@ -354,11 +360,6 @@ class Controller:
         except RayError:  # the scheduler is gone
             for held in self._places:
                 free(held)
-            return
-        environment = self._order.environment
-        with suppress(RayError):
-            if warm and await self._scheduler.wants_spare.remote(environment):
-                await self._scheduler.keep_spare.remote(new_controller(), environment)
 
     async def _reset(self, worker: Any) -> bool:
         """Have a worker forget the job; return whether another job may use it."""
@@ -376,7 +377,7 @@ class Controller:
             silent_s = self._silent_s()
             if self._run is None:
                 if silent_s > JOBLESS_S:
-                    ray.kill(ray.get_runtime_context().current_actor)
+                    self._end_life(False)
                 continue
             if self._order.has_lease and silent_s > self._order.faults.lease_s:
                 await self._advance(membership.StopAsked(f"the driver was silent for {silent_s:.0f} s"))
@@ -429,8 +430,3 @@ def _what_happened(error: RayError) -> str:
     if isinstance(error, RayTaskError):
         return f"failed: {type(error.cause).__name__}: {error.cause}"
     return f"died: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
-
-
-def new_controller() -> Any:
-    """Start a controller actor that has no job yet."""
-    return ray.remote(Controller).options(name=f"{CONTROLLER_PREFIX}{secrets.token_hex(6)}", **SERVICE).remote()

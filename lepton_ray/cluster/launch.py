@@ -11,7 +11,8 @@ from ray.exceptions import RayActorError
 
 from lepton_ray.cluster.connect import connect as connect
 from lepton_ray.cluster.connect import nodes
-from lepton_ray.cluster.controller import Order, new_controller
+from lepton_ray.cluster.controller import Order
+from lepton_ray.cluster.host import new_controller
 from lepton_ray.cluster.names import CALL_TIMEOUT_S, CONTROLLER_PREFIX, SCHEDULER, actor_names, answer, named_actor
 from lepton_ray.cluster.scheduler import scheduler
 from lepton_ray.config import Faults, Resources
@@ -73,11 +74,11 @@ def running(name: str) -> Any:
             while not is_over:  # the stop has a time limit of its own
                 _, position, is_over = answer(controller.events.remote(position), of)
             status = answer(controller.status.remote(), of)
+        if status["outcome"] is None:
+            return controller
+        answer(controller.close.remote(), of)  # it only waits for a driver to read the end, which is in the journal
     except RayActorError:
-        return None
-    if status["outcome"] is None:
-        return controller
-    ray.kill(controller)  # it only waits for a driver to read the end, which is in the journal
+        pass
     return None
 
 
@@ -130,11 +131,11 @@ def start(
             claimed = _ask_scheduler("claim", faults.start_timeout_s, order, held, offered)
     except BaseException:
         if offered is not None:
-            ray.kill(offered)
+            offered.kill()
         raise
     controller, is_new = claimed
     if offered is not None and controller != offered:
-        ray.kill(offered)
+        offered.kill()
     return controller, is_new
 
 

@@ -53,6 +53,8 @@ WATCH_S = 1.0
 """Period of the look after dead jobs and old workers."""
 COMES_BACK_S = 3.0
 """Workers of a job that has finished are waited for so long; they need a moment to forget it."""
+CONTROLLER_BACK_S = 1.0
+"""A controller that ends is waited for so long: starting another takes as long, and nobody may read the end."""
 PLACED_WITHIN_S = 5.0
 """Resources that we believe free are placed within so long, unless somebody else uses them."""
 
@@ -112,6 +114,8 @@ class Scheduler:
         """Those that wait for workers or hold some."""
         self._pool: list[Held] = []
         self._spares: list[_Spare] = []
+        self._spare_due_s: dict[str, float] = {}
+        """Environment -> when a controller that ends should be a spare one."""
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
         self._orphans = _group_names()
@@ -140,12 +144,14 @@ class Scheduler:
         order, references: what `Controller.begin` takes. offered: a controller without a job; when that is None a spare
         one gets the job, and None is returned if there is none of the order's environment.
         """
+        if offered is None:
+            await self._spare_back(order.environment)
         known = await self.find(order.name)  # nothing else runs between its last look and the entry below
         if known is not None:
             return known, False
         controller = offered
         if controller is None:
-            spare = next((spare for spare in self._spares if spare.environment == order.environment), None)
+            spare = self._spare(order.environment)
             if spare is None:
                 return None
             self._spares.remove(spare)
@@ -154,7 +160,7 @@ class Scheduler:
         try:
             await controller.begin.remote(order, *references)
         except BaseException as error:  # it died, or the driver has given up
-            ray.kill(controller)
+            controller.kill()
             if self._controllers.get(order.name) is controller:
                 del self._controllers[order.name]
             if offered is None and isinstance(error, RayActorError):
@@ -162,15 +168,23 @@ class Scheduler:
             raise
         return controller, True
 
-    async def wants_spare(self, environment: str) -> bool:
-        """Tell whether there is no spare controller of this environment."""
-        return all(spare.environment != environment for spare in self._spares)
+    async def keep_spare(self, job: str, ended: Any, spare: Any, environment: str, keep_s: float | None = None) -> None:
+        """Free the name of a job that is over, and keep its controller's process for the next job.
 
-    async def keep_spare(self, controller: Any, environment: str, keep_s: float | None = None) -> None:
-        """Keep a controller that has no job (any more) for the next job."""
-        self._controllers = {job: other for job, other in self._controllers.items() if other != controller}
+        ended, spare: handles of that controller and of the next one in its process, which has no job yet. One spare
+        controller of an environment is enough: a second one ends. keep_s: how long it is kept, POOL_S by default.
+        """
+        if self._controllers.get(job) == ended:
+            del self._controllers[job]
         expires_s = time.monotonic() + (self._pool_s if keep_s is None else keep_s)
-        self._spares.append(_Spare(controller, environment, expires_s))
+        kept = self._spare(environment)
+        if kept is None:
+            self._spares.append(_Spare(spare, environment, expires_s))
+        else:
+            kept.expires_s = max(kept.expires_s, expires_s)
+            spare.kill()
+        self._spare_due_s.pop(environment, None)
+        self._changed.set()
 
     async def admit(self, request: Request, controller: Any) -> Places | Refuse:
         """Wait for the job's turn and for room; then return its places, or say why it can never run."""
@@ -207,8 +221,9 @@ class Scheduler:
         self._jobs[job].held = [held for held in self._jobs[job].held if held.actor is None]
         await self.release(job)
 
-    async def ending(self, job: str) -> None:
-        """Learn that a job's workers come back in a moment; the next job would rather have those than new ones."""
+    async def ending(self, job: str, environment: str) -> None:
+        """Learn that a job's processes come back in a moment; the next job would rather have those than new ones."""
+        self._spare_due_s[environment] = time.monotonic() + CONTROLLER_BACK_S
         if job in self._jobs:
             self._jobs[job].ends_by_s = time.monotonic() + COMES_BACK_S
 
@@ -249,6 +264,19 @@ class Scheduler:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
         return Refuse(reason="the job ended while it waited")
+
+    def _spare(self, environment: str) -> _Spare | None:
+        return next((spare for spare in self._spares if spare.environment == environment), None)
+
+    async def _spare_back(self, environment: str) -> None:
+        """Give a controller that ends a moment to become a spare one."""
+        while self._spare(environment) is None:
+            left_s = self._spare_due_s.get(environment, 0.0) - time.monotonic()
+            if left_s <= 0:
+                break
+            self._changed.clear()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left_s)
 
     def _comes_back(self) -> bool:
         return any(job.ends_by_s > time.monotonic() for job in self._jobs.values())
@@ -314,10 +342,11 @@ class Scheduler:
 
     async def _ask(self, name: str) -> bool:
         """Ask one controller; return whether all is known of it."""
-        controller = named_actor(name)
-        if controller is None:
+        host = named_actor(name)
+        if host is None:
             return True
         try:
+            controller = await asyncio.wait_for(host.current.remote(), ANSWER_S)
             job, held = await asyncio.wait_for(controller.places.remote(), ANSWER_S)
         except (ActorUnavailableError, asyncio.TimeoutError):
             return False
@@ -354,7 +383,7 @@ class Scheduler:
             spare.controller.stay.remote()
             if (spare.expires_s < now or not is_alive) and spare in self._spares:
                 self._spares.remove(spare)
-                ray.kill(spare.controller)
+                spare.controller.kill()
         if self._controllers or self._jobs or self._pool or self._spares:
             self._idle_since_s = now
         elif now - self._idle_since_s > self._idle_exit_s:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from lepton_ray.cluster.controller import new_controller
+from lepton_ray.cluster.host import new_controller
 from lepton_ray.cluster.launch import check_room, environment
 from lepton_ray.cluster.names import CALL_TIMEOUT_S, answer
 from lepton_ray.cluster.scheduler import Places, scheduler
@@ -46,12 +46,12 @@ def warm(workers: int, resources: Resources, keep_s: float) -> str:
             actor.lend.remote(owner, CALL_TIMEOUT_S)
         answer([actor.prepare.remote() for actor in actors.values()], "a worker", START_TIMEOUT_S)
         answer(owner.give_back.remote(job, actors, keep_s), "the scheduler")
-        answer(owner.keep_spare.remote(controller, request.environment, keep_s), "the scheduler")
+        answer(owner.keep_spare.remote(job, controller, controller, request.environment, keep_s), "the scheduler")
     except RayError as error:
-        ray.kill(controller)
+        controller.kill()
         raise ConfigError(f"the workers could not be started: {error}") from error
     except BaseException:
-        ray.kill(controller)
+        controller.kill()
         raise
     return f"{workers} workers ({slot}) are warm for {keep_s / 60:g} minutes"
 

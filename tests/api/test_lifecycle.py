@@ -287,7 +287,7 @@ def has_job(name: str) -> bool:
     """Tell whether an actor is a controller that has, or has just had, a job."""
     actor = named_actor(name) if name.startswith(CONTROLLER_PREFIX) else None
     try:
-        return actor is not None and ray.get(actor.places.remote(), timeout=30)[0] != ""
+        return actor is not None and ray.get(ray.get(actor.current.remote()).places.remote(), timeout=30)[0] != ""
     except ray.exceptions.RayActorError:
         return False
 

@@ -7,18 +7,17 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
+from ray.exceptions import RayActorError
 from torch.utils.data import Dataset
 
-from lepton_ray import ConfigError, DistributedTrainer, RunFailed
+from lepton_ray import ConfigError, DistributedTrainer, Job, RunFailed
 from lepton_ray.cluster import connect
 from lepton_ray.cluster.names import answer
 from lepton_ray.cluster.scheduler import scheduler
@@ -64,29 +63,24 @@ def test_driver_of_another_configuration_is_refused_however_fast(ray_cluster: No
     assert "another configuration" in str(refusal)
 
 
-def test_next_job_takes_the_spare_controller_unless_that_is_dead(ray_cluster: None, storage: str) -> None:
-    def controllers() -> set[int]:
-        found = set()
-        for each in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # a zombie is none either
-                found |= {each.pid} if "ray::Controller" in " ".join(each.cmdline()) else set()
-        return found
-
-    def run(name: str) -> int:
+def test_next_job_takes_the_process_of_the_last_unless_that_is_dead(ray_cluster: None, storage: str) -> None:
+    def run(name: str) -> tuple[int, Job]:
         job = trainer(storage, name).submit()
         pid = int(job.status()["pid"])
         job.wait(60)
-        until(lambda: pid not in controllers(), "the end of the controller")
-        until(lambda: controllers() and overview()["spare_controllers"], "a spare one")
-        return pid
+        return pid, job
 
-    run("before")
-    waiting = controllers()
-    assert run("on-a-spare-one") in waiting
-    waiting = controllers()
-    for pid in waiting:
-        kill(pid)
-    assert run("on-a-new-one") not in waiting
+    run("makes-one-if-there-is-none")
+    first, ended = run("first")
+    second, _ = run("second")
+    assert second == first
+    with pytest.raises(RayActorError, match="serves the next job"):
+        ray.get(ended._controller.events.remote(0))
+    ended._controller.stop.remote("too late")  # harms nobody
+    assert ended.status()["outcome"] == "finished"
+    kill(second)
+    third, _ = run("third")
+    assert third != second
 
 
 class Fragile(Dataset[Any]):
