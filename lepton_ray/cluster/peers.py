@@ -26,6 +26,9 @@ class RayPeers:
         if self.world > 1:
             collective.broadcast(tensor, src_rank=0, group_name=self._group)
 
+    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        return ray_group.empty(self._group, count, dtype) if self.world > 1 else torch.empty(count, dtype=dtype)
+
     def abort(self) -> None:
         """Break what waits in this group, here and at the peers. May be called from any thread."""
         if self.world > 1:

@@ -1,15 +1,15 @@
-"""Bytes between processes: `ring` moves arrays and knows neither ray nor torch, `ray_group` puts it under Ray's API."""
+"""Bytes between processes: `group` moves arrays, without ray and torch; `ray_group` puts it under Ray's API."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-__all__ = ["abort", "register"]
+__all__ = ["abort", "empty", "register"]
 
 
 def __getattr__(name: str) -> Any:  # Any: what a module gives
-    """Load `register` and `abort` at first use, so that importing this package imports neither ray nor torch."""
+    """Load the functions for Ray at first use, so that importing this package imports neither ray nor torch."""
     if name in __all__:
         return getattr(importlib.import_module("lepton_ray.collective.ray_group"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

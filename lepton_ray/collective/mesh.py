@@ -52,6 +52,8 @@ class Mesh:
         self.failure: str | None = None
         """Why the mesh has ended; None while it has not."""
         self._sockets: set[socket.socket] = set()
+        self._ends: list[Callable[[], object]] = []
+        self._releases: list[Callable[[], object]] = []
 
     def form(self, exchange: Exchange) -> None:
         """Connect to all peers.
@@ -166,6 +168,19 @@ class Mesh:
     def _proof(self, side: bytes, connecting: int, accepting: int, nonces: bytes) -> bytes:
         return hmac.digest(self._secret, side + struct.pack("<II", connecting, accepting) + nonces, "sha256")
 
+    def attach(self, end: Callable[[], object], release: Callable[[], object]) -> None:
+        """Let something else end and be released together with the mesh. Raises PeerLost when it has ended already."""
+        with self._ending:
+            if self.failure is not None:
+                release()
+                raise PeerLost(self.failure)
+            self._ends.append(end)
+            self._releases.append(release)
+
+    def look(self) -> None:
+        """Raise PeerLost if a connection broke. Waits for nothing."""
+        self.watch.wait(0)
+
     def end(self, reason: str) -> None:
         """Shut all sockets down, from any thread, which wakes whoever waits for one of them."""
         with self._ending:
@@ -176,6 +191,8 @@ class Mesh:
                     each.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     pass  # not connected any more
+            for end in self._ends:
+                end()
 
     def release(self) -> None:
         """Close all sockets. Not while another thread uses them."""
@@ -184,6 +201,9 @@ class Mesh:
                 each.close()
             self._sockets.clear()
             self.links.clear()
+            for release in self._releases:
+                release()
+            self._ends, self._releases = [], []
 
     def _own(self, each: socket.socket) -> socket.socket:
         """Let `end` reach a socket from now on."""

@@ -1,11 +1,11 @@
-"""Put `Ring` under Ray's collective API as the backend "LEPTON".
+"""Put `Group` under Ray's collective API as the backend "LEPTON".
 
     register()
     ray.util.collective.init_collective_group(world, rank, backend="LEPTON", group_name="job/1")
     ray.util.collective.allreduce(tensor, group_name="job/1")
 
 Ray's API takes torch tensors and numpy arrays. CPU tensors that are contiguous are reduced where they lie; others, and
-tensors on an accelerator, travel through a contiguous copy in host memory.
+tensors on an accelerator, travel through a contiguous copy in host memory. The fastest lie in memory from `empty`.
 
 Ranks meet through Ray's internal key-value store. The keys live only while the group is being formed. The name of a
 group that failed is spent: put a generation into it.
@@ -29,7 +29,8 @@ from ray.util.collective.backend_registry import _global_registry, register_coll
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 from ray.util.collective.types import ReduceOp
 
-from lepton_ray.collective.ring import MAX, MIN, PRODUCT, SUM, Array, Reduction, Ring
+from lepton_ray.collective.calls import MAX, MIN, PRODUCT, SUM, Array, Reduction
+from lepton_ray.collective.group import Group
 from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout
 
 BACKEND = "LEPTON"
@@ -39,7 +40,7 @@ _POLL_S = 0.002  # the key-value store has no way to wait for a key
 Tensor = Any  # torch.Tensor or np.ndarray, as Ray's API hands it over
 Options = Any  # Ray hands over an instance, its class, or nothing
 
-# numpy has no bfloat16. As an opaque two-byte type it passes through Ring, which never looks inside.
+# numpy has no bfloat16. As an opaque two-byte type it passes through a group, which never looks inside.
 _BFLOAT16 = np.dtype([("bfloat16", "<i2")])
 
 _forming_or_formed: WeakValueDictionary[str, LeptonGroup] = WeakValueDictionary()
@@ -68,6 +69,14 @@ def abort(group_name: str, reason: str = "aborted") -> bool:
     return group is not None
 
 
+def empty(group_name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Make a 1-D CPU tensor of undefined values in the memory of a group of this process; see `Group.empty`.
+
+    Tensors in it are reduced in place, without a copy, where all ranks' tensors of the call are.
+    """
+    return _forming_or_formed[group_name].empty(count, dtype)
+
+
 class LeptonGroup(BaseGroup):
     """One process's part of a group. Made by Ray, in an actor or task."""
 
@@ -76,12 +85,12 @@ class LeptonGroup(BaseGroup):
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
         self._aborted: str | None = None
-        self._ring: Ring | None = None
+        self._group: Group | None = None
         _forming_or_formed[group_name] = self
         prefix = f"collective/{quote(group_name, safe='')}/"
         deadline_s = time.monotonic() + self.timeout_s
         if world_size == 1:
-            self._ring = Ring(rank, world_size, secret=b"")
+            self._group = Group(rank, world_size, secret=b"")
             return
         try:
             if rank == 0:
@@ -89,11 +98,11 @@ class LeptonGroup(BaseGroup):
                 internal_kv._internal_kv_put(prefix + "secret", secret, overwrite=True, namespace=_NAMESPACE)
             else:
                 secret = self._await_key(prefix + "secret", "rank 0", deadline_s)
-            self._ring = Ring(
+            self._group = Group(
                 rank, world_size, secret=secret, timeout_s=self.timeout_s, host=ray.util.get_node_ip_address()
             )
             if self._aborted is not None:
-                self._ring.abort(self._aborted)
+                self._group.abort(self._aborted)
 
             def exchange(address: bytes) -> Sequence[bytes]:
                 internal_kv._internal_kv_put(prefix + str(rank), address, overwrite=True, namespace=_NAMESPACE)
@@ -102,14 +111,14 @@ class LeptonGroup(BaseGroup):
                     for peer in range(world_size)
                 ]
 
-            self._ring.form(exchange)
+            self._group.form(exchange)
             if rank == 0:  # all have connected to us, so all have read all addresses
                 internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
             # Nobody goes on, and perhaps forms a group of this name again, before the keys are gone.
-            self._ring.barrier()
+            self._group.barrier()
         except BaseException:
-            if self._ring is not None:
-                self._ring.close()
+            if self._group is not None:
+                self._group.close()
             keys = [prefix + str(rank)] + [prefix + "secret"] * (rank == 0)
             for key in keys:
                 internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
@@ -140,12 +149,17 @@ class LeptonGroup(BaseGroup):
     def abort(self, reason: str = "aborted") -> None:
         """End the group from any thread: operations that block in it, on any rank, raise PeerLost at once."""
         self._aborted = reason
-        if self._ring is not None:
-            self._ring.abort(reason)
+        if self._group is not None:
+            self._group.abort(reason)
+
+    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Make a 1-D CPU tensor in the group's memory."""
+        memory = self._formed.empty(count * dtype.itemsize, np.uint8)
+        return torch.from_numpy(memory).view(dtype)
 
     def destroy_group(self) -> None:
-        if self._ring is not None:
-            self._ring.close()
+        if self._group is not None:
+            self._group.close()
         if _forming_or_formed.get(self._group_name) is self:
             del _forming_or_formed[self._group_name]
 
@@ -206,9 +220,9 @@ class LeptonGroup(BaseGroup):
         finish()
 
     @property
-    def _formed(self) -> Ring:
-        assert self._ring is not None  # Ray calls nothing before the constructor has returned
-        return self._ring
+    def _formed(self) -> Group:
+        assert self._group is not None  # Ray calls nothing before the constructor has returned
+        return self._group
 
     def _check_alike(self, call: str, tensors: Sequence[Tensor], model: Tensor) -> None:
         """Check a list that holds one tensor for each rank."""

@@ -17,49 +17,36 @@ without it.
 from __future__ import annotations
 
 import select
-import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lepton_ray.collective.calls import (
+    ALLGATHER,
+    ALLREDUCE,
+    BARRIER,
+    BROADCAST,
+    CALLS,
+    HEADER,
+    MESSAGE,
+    REDUCE,
+    REDUCE_SCATTER,
+    SUM,
+    Array,
+    Reduction,
+    check_array,
+    header_of,
+    mismatch,
+)
 from lepton_ray.collective.links import Flow, Link, late
 from lepton_ray.collective.mesh import Exchange, Mesh
 from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout
 from lepton_ray.plan.ring import Move, all_gather, chunk_bounds, reduce_scatter
 
-Array = NDArray[Any]  # any dtype that numpy can hold without objects
-
-
-@dataclass(frozen=True, slots=True)
-class Reduction:
-    """How two arrays become one."""
-
-    name: str
-    code: int
-    apply: Callable[..., object]
-    """Called as apply(first, second, out=out) with arrays of one size; out may be one of the others."""
-
-
-SUM = Reduction("sum", 1, np.add)
-PRODUCT = Reduction("product", 2, np.multiply)
-MIN = Reduction("min", 3, np.minimum)
-MAX = Reduction("max", 4, np.maximum)
-_REDUCTION_NAMES = ("", SUM.name, PRODUCT.name, MIN.name, MAX.name)
-
-_ALLREDUCE, _BROADCAST, _ALLGATHER, _REDUCE_SCATTER, _REDUCE, _MESSAGE, _BARRIER = range(7)
-_CALLS = ("allreduce", "broadcast", "allgather", "reducescatter", "reduce", "send/recv", "barrier")
-
-# Sent before the first bytes of an operation on each link: call, reduction, dtype kind, item size, root, sequence
-# number, elements. Both ends must send the same, so a comparison of bytes is the whole check.
-_HEADER = struct.Struct("<4BIIQ")
-
 # What a rank says last when it leaves on purpose. Without it, the end of its stream is a death.
-_GOODBYE = _HEADER.pack(0xFF, 0, 0, 0, 0, 0, 0)
+_GOODBYE = HEADER.pack(0xFF, 0, 0, 0, 0, 0, 0)
 
 # An all-to-all of at most so many outgoing bytes per rank is faster than a ring (and fits into any socket buffer, so
 # that all ranks may send before they receive).
@@ -117,22 +104,25 @@ class Ring:
         if self._operating.acquire(blocking=False):
             try:
                 if self._mesh.failure is None:
-                    for link in self._mesh.links.values():
-                        try:
-                            link.send(_GOODBYE)
-                        except PeerLost:
-                            pass  # left before us
+                    self._say_goodbye()
             finally:
                 self._operating.release()
         self._mesh.end("closed")
         with self._operating:
             self._mesh.release()
 
+    def _say_goodbye(self) -> None:
+        for link in self._mesh.links.values():
+            try:
+                link.send(_GOODBYE)
+            except PeerLost:
+                pass  # left before us
+
     # --- operations
 
     def allreduce(self, array: Array, op: Reduction = SUM) -> None:
         """Reduce `array` over all ranks into every rank's `array`."""
-        with self._operation(_ALLREDUCE, array, op=op) as header:
+        with self._operation(ALLREDUCE, array, op=op) as header:
             if self.world == 1:
                 return
             if array.nbytes * (self.world - 1) > _DIRECT_BYTES:
@@ -150,7 +140,7 @@ class Ring:
 
     def allgather(self, array: Array) -> Array:
         """Return the arrays of all ranks, which are of one size, as the rows of a new one."""
-        with self._operation(_ALLGATHER, array) as header:
+        with self._operation(ALLGATHER, array) as header:
             rows = np.empty((self.world, array.size), array.dtype)
             rows[self.rank] = array
             if self.world == 1:
@@ -167,7 +157,7 @@ class Ring:
 
         The rest of `array` is left half reduced.
         """
-        with self._operation(_REDUCE_SCATTER, array, op=op) as header:
+        with self._operation(REDUCE_SCATTER, array, op=op) as header:
             if self.world > 1:
                 self._circulate(header, array, reduce_scatter(self.rank, self.world), self.world - 1, op)
             bounds = chunk_bounds(array.size, self.world)
@@ -175,7 +165,7 @@ class Ring:
 
     def broadcast(self, array: Array, root: int = 0) -> None:
         """Copy the array of `root` into every rank's `array`, along a chain that starts at `root`."""
-        with self._operation(_BROADCAST, array, root=root) as header:
+        with self._operation(BROADCAST, array, root=root) as header:
             if self.world == 1:
                 return
             before, after = self._neighbours()
@@ -193,7 +183,7 @@ class Ring:
 
     def reduce(self, array: Array, root: int = 0, op: Reduction = SUM) -> None:
         """Reduce `array` over all ranks into the `array` of `root`, along a chain that ends there."""
-        with self._operation(_REDUCE, array, root=root, op=op) as header:
+        with self._operation(REDUCE, array, root=root, op=op) as header:
             if self.world == 1:
                 return
             before, after = self._neighbours()
@@ -217,14 +207,14 @@ class Ring:
 
     def send(self, array: Array, to: int) -> None:
         """Send `array` to one rank. Returns when the kernel has taken all of it."""
-        with self._operation(_MESSAGE, array, root=to, counter=self._sent, peer=to) as header:
+        with self._operation(MESSAGE, array, root=to, counter=self._sent, peer=to) as header:
             flow = Flow(self._mesh.watch, self.timeout_s, outlet=self._mesh.links[to])
             flow.send(header, _bytes_of(array))
             flow.flush()
 
     def recv(self, array: Array, source: int) -> None:
         """Receive into `array` what rank `source` sends."""
-        with self._operation(_MESSAGE, array, root=self.rank, counter=self._received, peer=source) as header:
+        with self._operation(MESSAGE, array, root=self.rank, counter=self._received, peer=source) as header:
             flow = Flow(self._mesh.watch, self.timeout_s, inlet=self._mesh.links[source])
             self._expect(flow, self._mesh.links[source], header)
             flow.receive(_bytes_of(array))
@@ -232,59 +222,29 @@ class Ring:
     def barrier(self) -> None:
         """Return when all ranks have called it."""
         nothing = np.empty(0, np.uint8)
-        with self._operation(_BARRIER, nothing) as header:
+        with self._operation(BARRIER, nothing) as header:
             self._swap(header, nothing)
 
     # --- inside an operation
 
-    @contextmanager
     def _operation(
         self,
         call: int,
         array: Array,
-        *,
         op: Reduction | None = None,
         root: int = 0,
         counter: list[int] | None = None,
         peer: int | None = None,
-    ) -> Iterator[bytes]:
-        """Check the input, hold the group for one operation, give its header; end the group on any error.
+    ) -> _Operation:
+        """Check the input of an operation; to be entered for it.
 
         counter, peer: for point-to-point messages, which are counted per pair and direction.
         """
-        dtype = array.dtype
-        if array.ndim != 1 or not array.flags.c_contiguous or not dtype.isnative or dtype.hasobject:
-            raise ConfigError(
-                f"{_CALLS[call]} got an array of shape {array.shape} and dtype {dtype}: expected one dimension, "
-                "C-contiguous, numbers in native byte order. Use np.ascontiguousarray(x).reshape(-1)."
-            )
-        for other in (root, 0 if peer is None else peer):
-            if not 0 <= other < self.world or peer == self.rank:
-                raise ConfigError(f"{_CALLS[call]} with rank {other}: this is rank {self.rank} of {self.world}.")
-        with self._operating:
-            if counter is None or peer is None:
-                self._calls = number = (self._calls + 1) & 0xFFFFFFFF
-            else:
-                counter[peer] = number = (counter[peer] + 1) & 0xFFFFFFFF
-            try:
-                if self._mesh.failure is not None:
-                    raise PeerLost("it has ended")
-                if self.world > 1 and not self._mesh.links:
-                    raise ConfigError("Ring.form was not called.")
-                yield _HEADER.pack(
-                    call, op.code if op else 0, ord(dtype.kind), dtype.itemsize & 0xFF, root, number, array.size
-                )
-            except BaseException as error:  # also KeyboardInterrupt: a stream may be left in the middle of a message
-                reason = self._mesh.failure
-                message = f"{_CALLS[call]} #{number} on rank {self.rank} of {self.world}: "
-                message += f"{error}" if reason is None else f"the group was ended before or meanwhile ({reason})"
-                self._mesh.end(message)
-                self._mesh.release()
-                if reason is not None:
-                    raise PeerLost(message) from error
-                if isinstance(error, (PeerLost, WaitTimeout)):
-                    raise type(error)(message) from error.__cause__
-                raise
+        check_array(call, array)
+        if not 0 <= root < self.world or (peer is not None and not 0 <= peer < self.world) or peer == self.rank:
+            other = root if peer is None else peer
+            raise ConfigError(f"{CALLS[call]} with rank {other}: this is rank {self.rank} of {self.world}.")
+        return _Operation(self, call, array, op, root, counter, peer)
 
     def _neighbours(self) -> tuple[Link, Link]:
         return self._mesh.links[(self.rank - 1) % self.world], self._mesh.links[(self.rank + 1) % self.world]
@@ -307,10 +267,10 @@ class Ring:
                 parts.append(array)
                 continue
             parts.append(scratch[start : start + size_bytes].view(array.dtype))
-            missing[rank] = memoryview(scratch[start - _HEADER.size : start + size_bytes]), 0
+            missing[rank] = memoryview(scratch[start - HEADER.size : start + size_bytes]), 0
             link = self._mesh.links[rank]
             sent = link.send(header, view)
-            if sent < _HEADER.size + size_bytes:  # rare: the kernel's buffer holds messages that are still unread
+            if sent < HEADER.size + size_bytes:  # rare: the kernel's buffer holds messages that are still unread
                 flow = Flow(self._mesh.watch, self.timeout_s, outlet=link)
                 flow.send(memoryview(header + view)[sent:])
                 flow.flush()
@@ -322,8 +282,8 @@ class Ring:
             for link in ready:
                 area, filled = missing[link.peer]
                 filled += link.receive(area[filled:])
-                if filled >= _HEADER.size:
-                    self._check(link.peer, header, area[: _HEADER.size])
+                if filled >= HEADER.size:
+                    self._check(link.peer, header, area[: HEADER.size])
                 missing[link.peer] = area, filled
                 if filled == len(area):
                     del missing[link.peer]
@@ -368,7 +328,7 @@ class Ring:
         flow.flush()
 
     def _expect(self, flow: Flow, link: Link, header: bytes) -> None:
-        arrived = memoryview(bytearray(_HEADER.size))
+        arrived = memoryview(bytearray(HEADER.size))
         flow.receive(arrived)
         self._check(link.peer, header, arrived)
 
@@ -378,10 +338,64 @@ class Ring:
             return
         if arrived == _GOODBYE:
             raise PeerLost(f"rank {peer} has left the group")
-        raise ConfigError(
-            f"rank {self.rank} calls {_describe(own)} but rank {peer} calls {_describe(arrived)}. All ranks of a group "
-            "must make the same calls in the same order, with arrays of equal size and dtype."
-        )
+        raise mismatch(self.rank, own, peer, bytes(arrived))
+
+
+class _Operation:
+    """Holds a group for one operation, gives its header, and ends the group on any error.
+
+    A class, since the generator of `contextlib.contextmanager` takes as long as a meeting in shared memory.
+    """
+
+    __slots__ = ("_array", "_call", "_counter", "_number", "_op", "_peer", "_ring", "_root")
+
+    def __init__(
+        self,
+        ring: Ring,
+        call: int,
+        array: Array,
+        op: Reduction | None,
+        root: int,
+        counter: list[int] | None,
+        peer: int | None,
+    ) -> None:
+        self._ring, self._call, self._array, self._op, self._root = ring, call, array, op, root
+        self._counter, self._peer = counter, peer
+
+    def __enter__(self) -> bytes:
+        ring = self._ring
+        ring._operating.acquire()
+        if self._counter is None or self._peer is None:
+            ring._calls = self._number = (ring._calls + 1) & 0xFFFFFFFF
+        else:
+            self._counter[self._peer] = self._number = (self._counter[self._peer] + 1) & 0xFFFFFFFF
+        try:
+            if ring._mesh.failure is not None:
+                raise PeerLost("it has ended")
+            if ring.world > 1 and not ring._mesh.links:
+                raise ConfigError("Ring.form was not called.")
+            return header_of(self._call, self._array, self._op, self._root, self._number)
+        except BaseException as error:
+            self.__exit__(type(error), error)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        ring = self._ring
+        try:
+            if error is None:
+                return
+            # Also after KeyboardInterrupt: a stream may be left in the middle of a message.
+            reason = ring._mesh.failure
+            message = f"{CALLS[self._call]} #{self._number} on rank {ring.rank} of {ring.world}: "
+            message += f"{error}" if reason is None else f"the group was ended before or meanwhile ({reason})"
+            ring._mesh.end(message)
+            ring._mesh.release()
+            if reason is not None:
+                raise PeerLost(message) from error
+            if isinstance(error, (PeerLost, WaitTimeout)):
+                raise type(error)(message) from error.__cause__
+        finally:
+            ring._operating.release()
 
 
 def _bytes_of(array: Array) -> memoryview:
@@ -392,12 +406,3 @@ def _pieces(array: Array, start: int, stop: int) -> Iterator[Array]:
     step = max(1, _PIECE_BYTES // array.itemsize)
     for lower in range(start, stop, step):
         yield array[lower : min(lower + step, stop)]
-
-
-def _describe(header: bytes | memoryview) -> str:
-    call, reduction, kind, itemsize, root, number, count = _HEADER.unpack(header)
-    if call >= len(_CALLS) or reduction >= len(_REDUCTION_NAMES):
-        return "something unknown"
-    detail = [_REDUCTION_NAMES[reduction]] if reduction else []
-    detail += [f"rank {root}"] if call in (_BROADCAST, _REDUCE, _MESSAGE) else []
-    return f"{_CALLS[call]}({', '.join(detail)}) #{number} of {count} x {chr(kind)}{itemsize}"

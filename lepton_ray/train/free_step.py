@@ -28,10 +28,11 @@ from lepton_ray.train.step import Committed, Extras, fetch, not_finite, vote
 class SharedOptimizer:
     """What a `step_fn` gets in place of an optimizer of its own."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, allreduce: Callable[[torch.Tensor], None] | None) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, peers: Peers) -> None:
         self.optimizer = optimizer
+        allreduce = peers.allreduce if peers.world > 1 else None
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._reducer = Reducer({str(i): p for i, p in enumerate(parameters)}, allreduce)
+        self._reducer = Reducer({str(i): p for i, p in enumerate(parameters)}, allreduce, peers.empty)
         self._allreduce = allreduce
         self.share = 1.0
         """What the gradients of this worker are multiplied by before they are summed."""
@@ -102,7 +103,7 @@ class FreeStepper:
         allreduce = peers.allreduce if peers.world > 1 else None
         self._model, self._step_fn, self._feed, self._peers = model, step_fn, feed, peers
         self._device, self._seed, self._extras = device, seed, Extras(peers)
-        self._shared = {name: SharedOptimizer(o, allreduce) for name, o in optimizers.items()}
+        self._shared = {name: SharedOptimizer(o, peers) for name, o in optimizers.items()}
         self._argument = shape(self._shared)
         self._buffers = BufferFold(model.buffers(), allreduce)
 

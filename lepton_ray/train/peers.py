@@ -19,6 +19,9 @@ class Peers(Protocol):
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Set a contiguous tensor to that of rank 0, in place."""
 
+    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Make a 1-D CPU tensor of undefined values where `allreduce` is fastest. It serves this group only."""
+
 
 class Alone:
     """A group of one."""
@@ -31,3 +34,7 @@ class Alone:
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Rank 0 is the only member."""
+
+    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Make ordinary memory."""
+        return torch.empty(count, dtype=dtype)

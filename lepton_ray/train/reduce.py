@@ -1,9 +1,10 @@
 """Sum gradients over the workers, bucket by bucket, while backward is still running.
 
 Every trainable parameter gets a `.grad` that is a view into a flat bucket from the start, so backward writes straight
-into what the collective sends. Buckets fill in reverse order of the parameters, which is about the order in which
-backward finishes them, and go out in that order on every worker. All but the last one travel on a thread of their
-own; the last has nothing left to hide behind and goes on the caller's.
+into what the collective sends, which lies in the memory of the group where it has one: nothing is copied. Buckets fill
+in reverse order of the parameters, which is about the order in which backward finishes them, and go out in that order
+on every worker. All but the last one travel on a thread of their own; the last has nothing left to hide behind and goes
+on the caller's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from lepton_ray.errors import ConfigError
 AllReduce = Callable[[torch.Tensor], None]
 """Sum a contiguous 1-D tensor over all workers, in place."""
 
+Empty = Callable[[int, torch.dtype], torch.Tensor]
+"""Make a 1-D CPU tensor of so many elements, of undefined values, where the collective is fastest."""
+
 BUCKET_BYTES = 25 << 20
 """As torch's DDP: large enough for bandwidth, small enough to overlap."""
 FIRST_BUCKET_BYTES = 1 << 20
@@ -34,11 +38,13 @@ class Reducer:
     gradients hold the sum over all workers.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], allreduce: AllReduce | None) -> None:
-        """allreduce: None when this is the only worker."""
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], allreduce: AllReduce | None, empty: Empty | None = None
+    ) -> None:
+        """allreduce: None when this is the only worker. empty: of the same group; None for ordinary memory."""
         self._names = list(parameters)
         self._parameters = list(parameters.values())
-        self._allreduce = allreduce
+        self._allreduce, self._empty = allreduce, empty
         self.buckets: list[torch.Tensor] = []
         self._bucket_of: list[int] = [0] * len(self._parameters)
         self._views: list[torch.Tensor] = list(self._parameters)
@@ -130,7 +136,10 @@ class Reducer:
     def _add_bucket(self, members: list[int]) -> None:
         first = self._parameters[members[0]]
         sizes = [self._parameters[i].numel() for i in members]
-        bucket = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        if self._empty is not None and first.device.type == "cpu":
+            bucket = self._empty(sum(sizes), first.dtype).zero_()
+        else:
+            bucket = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
         for i, part in zip(members, bucket.split(sizes)):
             self._bucket_of[i] = len(self.buckets)
             self._views[i] = part.view(self._parameters[i].shape)

@@ -116,7 +116,7 @@ class Stepper:
         self._feed, self._peers, self._device, self._seed = feed, peers, device, seed
         self._precision, self._clip_norm = precision, clip_norm
         self.scaler = Scaler() if precision == "fp16" else None
-        self._reducer = Reducer(model.parameters(), allreduce)
+        self._reducer = Reducer(model.parameters(), allreduce, peers.empty)
         self._buffers = BufferFold(model.buffers(), allreduce)
         self._extras = Extras(peers)
 

@@ -180,6 +180,23 @@ def check_other_operations(rank: int, group: str) -> None:
     assert [row.tolist() for row in rows] == [[float(each)] * 3 for each in range(world)]
 
 
+def check_memory_of_the_group(rank: int, group: str) -> None:
+    import ray.util.collective as collective
+    import torch
+
+    from lepton_ray.collective import empty, ray_group
+
+    formed = ray_group._forming_or_formed[group]._formed
+    assert formed.transport == "shared memory"
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64):
+        tensor = empty(group, 70_000, dtype)
+        tensor.copy_(torch.arange(70_000) % 50 + rank)
+        assert formed._shared.holdings.find(tensor.view(torch.uint8).numpy()).inode
+        collective.allreduce(tensor[5:], group_name=group)
+        assert tensor[5:].equal((torch.arange(5, 70_000) % 50 * 2 + 1).to(dtype))
+        assert tensor[:5].tolist() == [rank + i for i in range(5)]
+
+
 def check_refusals(rank: int, group: str) -> None:
     import numpy as np
     import ray.util.collective as collective
@@ -199,7 +216,9 @@ def check_refusals(rank: int, group: str) -> None:
     collective.barrier(group)  # the group lives on
 
 
-@pytest.mark.parametrize("check", [check_allreduce, check_layouts, check_other_operations, check_refusals])
+@pytest.mark.parametrize(
+    "check", [check_allreduce, check_layouts, check_other_operations, check_memory_of_the_group, check_refusals]
+)
 def test_every_operation_of_rays_interface(actors: list[Any], check: Callable[[int, str], None]) -> None:
     everywhere(actors, join, WORLD, check.__name__)
     assert keys() == []

@@ -1,4 +1,5 @@
-"""The ring over real sockets. Ranks are threads where that is honest, processes where they must die or freeze."""
+"""The ring over real sockets, and what a group in shared memory does alike. Ranks are threads where that is honest,
+processes where they must die or freeze."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ import numpy as np
 import pytest
 
 from lepton_ray.collective import ring as ring_module
-from lepton_ray.collective.ring import MAX, MIN, PRODUCT, SUM, Array, Ring
+from lepton_ray.collective import shm
+from lepton_ray.collective.calls import MAX, MIN, PRODUCT, SUM, Array
+from lepton_ray.collective.group import Group
+from lepton_ray.collective.ring import Ring
 from lepton_ray.errors import ConfigError, LeptonError, PeerLost, WaitTimeout
 from lepton_ray.plan.ring import chunk_bounds
 
@@ -41,6 +45,9 @@ def small_pieces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ring_module, "_PIECE_BYTES", 4096)
         patch.setattr(ring_module, "_DIRECT_BYTES", 256)
+        patch.setattr(shm, "SMALL_BYTES", 128)
+        patch.setattr(shm, "COPY_BYTES", 256)
+        patch.setattr(shm, "_BLOCK_BYTES", 4096)
         yield
 
 
@@ -75,19 +82,25 @@ def play(rings: Sequence[Ring], act: Callable[[Ring], Any]) -> list[Any]:
 
 
 @contextmanager
-def group(world: int, timeout_s: float = 10) -> Iterator[list[Ring]]:
+def group(world: int, timeout_s: float = 10, kind: type[Ring] = Ring) -> Iterator[list[Ring]]:
     meeting = Meeting(world)
     with ExitStack() as stack:
         rings = [
-            stack.enter_context(closing(Ring(rank, world, secret=SECRET, timeout_s=timeout_s))) for rank in range(world)
+            stack.enter_context(closing(kind(rank, world, secret=SECRET, timeout_s=timeout_s))) for rank in range(world)
         ]
         assert play(rings, lambda ring: ring.form(meeting.of(ring.rank))) == [None] * world
         yield rings
 
 
+@pytest.fixture(scope="module", params=[Ring, Group])
+def kind(request: pytest.FixtureRequest) -> type[Ring]:
+    found: type[Ring] = request.param
+    return found
+
+
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
-def rings(request: pytest.FixtureRequest) -> Iterator[list[Ring]]:
-    with group(request.param) as made:
+def rings(request: pytest.FixtureRequest, kind: type[Ring]) -> Iterator[list[Ring]]:
+    with group(request.param, kind=kind) as made:
         yield made
 
 
@@ -196,9 +209,9 @@ def test_ranks_may_run_ahead_of_each_other() -> None:
 )
 @pytest.mark.parametrize("world", [2, 3])
 def test_different_calls_are_named_instead_of_mixed(
-    world: int, first: Callable[[Ring], Any], second: Callable[[Ring], Any]
+    world: int, first: Callable[[Ring], Any], second: Callable[[Ring], Any], kind: type[Ring]
 ) -> None:
-    with group(world) as rings:
+    with group(world, kind=kind) as rings:
         errors = play(rings, lambda ring: first(ring) if ring.rank else second(ring))
         assert all(isinstance(error, (ConfigError, PeerLost)) for error in errors)
         assert any("must make the same calls in the same order" in str(error) for error in errors)
@@ -209,16 +222,16 @@ def test_different_calls_are_named_instead_of_mixed(
     [np.zeros((2, 2)), np.zeros(8)[::2], np.zeros(3, ">f8"), np.array([None])],
     ids=["2d", "stride", "endian", "object"],
 )
-def test_an_array_that_cannot_travel_is_refused_and_the_group_lives_on(bad: Array) -> None:
-    with group(2) as rings:
+def test_an_array_that_cannot_travel_is_refused_and_the_group_lives_on(bad: Array, kind: type[Ring]) -> None:
+    with group(2, kind=kind) as rings:
         with pytest.raises(ConfigError, match="ascontiguousarray"):
             rings[0].allreduce(bad)
         assert play(rings, lambda ring: ring.barrier()) == [None, None]
 
 
 @pytest.mark.parametrize("count", [8, 4_000_000])
-def test_abort_from_another_thread_wakes_all_ranks_at_once(count: int) -> None:
-    with group(4, timeout_s=30) as rings:
+def test_abort_from_another_thread_wakes_all_ranks_at_once(count: int, kind: type[Ring]) -> None:
+    with group(4, timeout_s=30, kind=kind) as rings:
 
         def abort_once_all_wait() -> None:
             while not all(ring._operating.locked() for ring in rings[1:]):
@@ -239,8 +252,8 @@ def test_abort_from_another_thread_wakes_all_ranks_at_once(count: int) -> None:
             rings[2].barrier()
 
 
-def test_a_failure_far_away_unwinds_every_rank() -> None:
-    with group(4, timeout_s=30) as rings:
+def test_a_failure_far_away_unwinds_every_rank(kind: type[Ring]) -> None:
+    with group(4, timeout_s=30, kind=kind) as rings:
         rings[0].close()
         began_s = time.monotonic()
         errors = play(rings[1:], lambda ring: ring.allreduce(np.zeros(LARGE)))
@@ -335,7 +348,7 @@ def _churn(pipe: Connection) -> None:
 
     counts = []
     for index in range(51):
-        with group(2) as rings:
+        with group(2, kind=Group if index % 3 else Ring) as rings:
             if index % 2:
                 rings[0].abort()
             else:

@@ -1,4 +1,4 @@
-"""Workers as threads of this process, joined by real rings over loopback sockets."""
+"""Workers as threads of this process, joined by real groups."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lepton_ray.collective.ring import Ring
+from lepton_ray.collective.group import Group
 from lepton_ray.train.peers import Alone, Peers
 from tests.train.in_process import ThreadPeers, form
 
@@ -18,7 +18,7 @@ Act = Callable[[Peers], Any]
 @pytest.fixture
 def together() -> Iterator[Callable[[int, Act], list[Any]]]:
     """Return run(world, act): `act(peers)` by every worker at once; results in the order of ranks."""
-    groups: dict[int, list[Ring]] = {}
+    groups: dict[int, list[Group]] = {}
 
     def run(world: int, act: Act) -> list[Any]:
         if world == 1:
@@ -26,9 +26,9 @@ def together() -> Iterator[Callable[[int, Act], list[Any]]]:
         if world not in groups:
             groups[world] = form(world)
         with ThreadPoolExecutor(world) as pool:
-            return list(pool.map(lambda ring: act(ThreadPeers(ring)), groups[world]))
+            return list(pool.map(lambda each: act(ThreadPeers(each)), groups[world]))
 
     yield run
     for group in groups.values():
-        for ring in group:
-            ring.close()
+        for each in group:
+            each.close()

@@ -1,7 +1,7 @@
 """Run a whole job in this process, without Ray: the trainer's own preparation, one `Task` per rank, a real journal.
 
-Ranks are threads, joined by real rings over loopback sockets. torch's generators are shared by the threads of a
-process, so with two ranks or more a model must not draw random numbers, and `transform=` must not either.
+Ranks are threads, joined by real groups. torch's generators are shared by the threads of a process, so with two ranks
+or more a model must not draw random numbers, and `transform=` must not either.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from lepton_ray import DistributedTrainer, journal
-from lepton_ray.collective.ring import Ring
+from lepton_ray.collective.group import Group
 from lepton_ray.prepare import with_place
 from lepton_ray.result import Result, make_result
 from lepton_ray.storage import Folder
@@ -29,34 +30,37 @@ Records = list[dict[str, Any]]
 class ThreadPeers:
     """One member of a group of threads; counts its calls, so that a test can say how often workers met."""
 
-    def __init__(self, ring: Ring) -> None:
-        self.rank, self.world, self.calls, self._ring = ring.rank, ring.world, 0, ring
+    def __init__(self, group: Group) -> None:
+        self.rank, self.world, self.calls, self._group = group.rank, group.world, 0, group
 
     def allreduce(self, tensor: torch.Tensor) -> None:
         self.calls += 1
-        self._ring.allreduce(tensor.detach().view(-1).numpy())
+        self._group.allreduce(tensor.detach().view(-1).numpy())
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         self.calls += 1
-        self._ring.broadcast(tensor.detach().view(-1).numpy())
+        self._group.broadcast(tensor.detach().view(-1).numpy())
+
+    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(self._group.empty(count * dtype.itemsize, np.uint8)).view(dtype)
 
 
-def form(world: int) -> list[Ring]:
-    """Join `world` rings, each in a thread of its own."""
+def form(world: int) -> list[Group]:
+    """Join `world` groups, each in a thread of its own."""
     addresses, barrier = [b""] * world, threading.Barrier(world, timeout=10)
-    rings = [Ring(rank, world, secret=b"of this test", timeout_s=10) for rank in range(world)]
+    groups = [Group(rank, world, secret=b"of this test", timeout_s=10) for rank in range(world)]
 
-    def join(ring: Ring) -> None:
+    def join(group: Group) -> None:
         def exchange(address: bytes) -> list[bytes]:
-            addresses[ring.rank] = address
+            addresses[group.rank] = address
             barrier.wait()
             return addresses
 
-        ring.form(exchange)
+        group.form(exchange)
 
     with ThreadPoolExecutor(world) as pool:
-        list(pool.map(join, rings))
-    return rings
+        list(pool.map(join, groups))
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,7 @@ def run_job(
     earlier = journal.read(folder)
     generation = 1 + max((int(found.get("generation", 0)) for found in earlier), default=0)
     book, told, lock = journal.Journal(folder), [], threading.Lock()
-    rings = form(num_workers) if num_workers > 1 else []
+    groups = form(num_workers) if num_workers > 1 else []
     tasks: dict[int, Task] = {}
 
     def report(rank: int, event: str, fields: dict[str, Any]) -> None:
@@ -143,14 +147,14 @@ def run_job(
             task.close()
             return outputs
         except BaseException:
-            for ring in rings:
-                ring.abort()
+            for group in groups:
+                group.abort()
             raise
 
     try:
-        if rings:
+        if groups:
             with ThreadPoolExecutor(num_workers) as pool:
-                futures = [pool.submit(work, ThreadPeers(ring)) for ring in rings]
+                futures = [pool.submit(work, ThreadPeers(group)) for group in groups]
             failed = [future.exception() for future in futures if future.exception() is not None]
             for error in sorted(failed, key=lambda error: isinstance(error, ConnectionError)):  # the cause first
                 raise error
@@ -159,8 +163,8 @@ def run_job(
             outputs = work(Alone())
     finally:
         book.close()
-        for ring in rings:
-            ring.close()
+        for group in groups:
+            group.close()
         torch.set_deterministic_debug_mode("default")
     records: Records = journal.read(folder) if mode == "train" else told
     return Done(

@@ -71,7 +71,7 @@ def run_step(reducer: Reducer, model: Mixed, owned: list[int]) -> None:
 
 def all_grads(peers: Peers, owners: list[int], steps: int = 1) -> tuple[dict[str, torch.Tensor | None], int]:
     model = Mixed()
-    reducer = Reducer(dict(model.named_parameters()), peers.allreduce if peers.world > 1 else None)
+    reducer = Reducer(dict(model.named_parameters()), peers.allreduce if peers.world > 1 else None, peers.empty)
     for _ in range(steps):
         run_step(reducer, model, [m for m, owner in enumerate(owners) if owner == peers.rank])
     unused = reducer.untouched()
@@ -103,6 +103,22 @@ def test_sums_are_those_of_plain_autograd_for_any_ownership(together: Together, 
     for found, buckets in together(world, lambda peers: all_grads(peers, owners)):
         assert buckets > 1
         assert_same(found, expected)
+
+
+def test_buckets_lie_in_the_memory_of_the_group(together: Together) -> None:
+    """What backward writes is what the others read: there is no copy between them."""
+
+    def act(peers: Peers) -> list[int]:
+        model = Mixed()
+        reducer = Reducer(dict(model.named_parameters()), peers.allreduce, peers.empty)
+        run_step(reducer, model, [peers.rank])
+        holdings = peers._group._shared.holdings
+        found = [holdings.find(p.grad.view(-1).numpy()).inode for p in model.parameters()]
+        reducer.close()
+        return found
+
+    for inodes in together(2, act):
+        assert all(inodes)
 
 
 def test_a_second_step_starts_from_zero(together: Together) -> None:

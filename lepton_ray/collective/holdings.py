@@ -1,0 +1,109 @@
+"""The arrays that a rank makes in shared memory, and its views of those that its peers made.
+
+Whoever holds an array keeps its memory, also when the group is gone. Peers find an array by the inode and descriptor of
+its segment, which travel in the first round of an operation; they map a segment once, and let go of those of a rank as
+soon as it has freed one.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lepton_ray.collective.calls import Array
+from lepton_ray.collective.memory import Segment
+
+_BEYOND = 1 << 64  # any address
+
+
+class Place(NamedTuple):
+    """Where an array lies, as peers need it. Private memory has no inode."""
+
+    address: int
+    inode: int = 0
+    descriptor: int = 0
+    offset: int = 0
+    freed: int = 0
+    """How many segments the rank has freed so far."""
+
+
+class Holdings:
+    """Shared arrays of one rank, and of its peers as far as it has seen them."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = pids
+        self._lock = threading.Lock()
+        self._own: list[tuple[int, ...]] = []
+        """Begin, end, inode and descriptor of the segments, sorted; replaced, never changed."""
+        self._dead: deque[int] = deque()
+        """Beginnings of those that nobody holds any more. The collector of garbage may add to it at any moment."""
+        self._freed = 0
+        self._is_released = False
+        self._foreign: list[dict[int, NDArray[np.uint8]]] = [{} for _ in pids]
+        self._foreign_freed = [0] * len(pids)
+
+    def empty(self, size_bytes: int) -> NDArray[np.uint8]:
+        """Make shared memory, zeros at first."""
+        segment = Segment.create(size_bytes)
+        begin, end = segment.address, segment.address + segment.data.nbytes
+        self._bury()
+        with self._lock:
+            if self._is_released:
+                os.close(segment.descriptor)
+            else:
+                self._own = sorted([*self._own, (begin, end, segment.inode, segment.descriptor)])
+                # The map dies with the last array over it.
+                weakref.finalize(segment.map, self._dead.append, begin).atexit = False
+        return segment.data[:size_bytes]
+
+    def find(self, array: Array) -> Place:
+        """Say where an array lies."""
+        if self._dead:
+            self._bury()
+        address: int = array.__array_interface__["data"][0]
+        own = self._own
+        at = bisect_right(own, (address, _BEYOND)) - 1
+        if at >= 0:
+            begin, end, inode, descriptor = own[at]
+            if address + array.nbytes <= end:
+                return Place(address, inode, descriptor, address - begin, self._freed)
+        return Place(address, freed=self._freed)
+
+    def view(self, rank: int, place: Place, size_bytes: int) -> NDArray[np.uint8]:
+        """Return the bytes of a peer's array that lies in shared memory. Raises OSError when the peer is gone."""
+        seen = self._foreign[rank]
+        if self._foreign_freed[rank] != place.freed:
+            self._foreign_freed[rank] = place.freed
+            seen.clear()
+        if place.inode not in seen:
+            seen[place.inode] = Segment.attach(self._pids[rank], place.descriptor, place.inode).data
+        return seen[place.inode][place.offset : place.offset + size_bytes]
+
+    def release(self) -> None:
+        """Let peers find nothing any more, and let go of what is theirs."""
+        with self._lock:
+            self._is_released = True
+            for *_, descriptor in self._own:
+                os.close(descriptor)
+            self._own = []
+        self._foreign = [{} for _ in self._pids]
+
+    def _bury(self) -> None:
+        """Forget the segments that nobody holds any more."""
+        with self._lock:
+            while self._dead:
+                begin = self._dead.popleft()
+                for entry in self._own:
+                    if entry[0] == begin:
+                        os.close(entry[3])
+                        self._own = [each for each in self._own if each is not entry]
+                        self._freed += 1
+                        break
