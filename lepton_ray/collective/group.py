@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import struct
+import threading
 from collections.abc import Sequence
 from functools import cache
 from math import prod
@@ -240,6 +241,14 @@ def _try_reading(offers: Sequence[_Offer]) -> str | None:
     return None
 
 
-@cache
+_saying = threading.Lock()  # a cache alone lets two threads in that come at the same time
+
+
 def _say_once(way: str, why: str, instead: str) -> None:
+    with _saying:
+        _say(way, why, instead)
+
+
+@cache
+def _say(way: str, why: str, instead: str) -> None:
     log.warning("a group of this process does without %s: %s. It uses %s, which is slower.", way, why, instead)

@@ -357,10 +357,10 @@ def test_a_new_group_of_survivors_works_soon() -> None:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    group_module._say_once.cache_clear()
+    group_module._say.cache_clear()
     with caplog.at_level(logging.WARNING):
         yield caplog
-    group_module._say_once.cache_clear()
+    group_module._say.cache_clear()
 
 
 class threads:
