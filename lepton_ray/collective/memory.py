@@ -68,6 +68,11 @@ def wake(address: int) -> None:
     _futex(_CALL_NUMBERS[platform.machine()][0], address, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
 
 
+def offer_core() -> None:
+    """Let other threads and processes run, if any wants to. Gives up the GIL, as `os.sched_yield` does not."""
+    _libc.sched_yield()
+
+
 def order() -> None:
     """Let no memory access of this thread pass this point, in either direction, as other processes see it."""
     _membarrier()
