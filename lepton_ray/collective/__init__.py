@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["abort", "empty", "register"]
+__all__ = ["abort", "allreduce", "empty", "explain", "register"]
 
 
 def __getattr__(name: str) -> Any:  # Any: what a module gives

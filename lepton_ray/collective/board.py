@@ -21,7 +21,7 @@ from lepton_ray.collective.memory import Segment
 from lepton_ray.errors import PeerLost
 
 # Of each rank's board, in words of 8 bytes, each on 128 bytes of its own: processors fetch cache lines in pairs.
-_ROUND, _SLEEPERS, _STATE = 0, 16, 32
+_ROUND, _SLEEPERS, _STATE, _PROGRESS = 0, 16, 32, 48
 WORDS_BYTES = 512
 _ENDED, _LEFT = 1, 2  # states
 
@@ -46,12 +46,15 @@ class Board:
         *,
         timeout_s: float,
         watch: Callable[[], object],
+        names: Sequence[int] | None = None,
     ) -> None:
         """segments: by rank; the counters lie at their beginning. pidfds: of the peers, by rank, owned from now on.
 
-        timeout_s: longest wait without progress. watch: raises PeerLost when a connection broke.
+        timeout_s: longest wait without progress. watch: raises PeerLost when a connection broke. names: what errors
+        call the ranks.
         """
         self._rank, self._timeout_s, self._watch = rank, timeout_s, watch
+        self._names = names or range(len(segments))
         self._words = [memoryview(segment.map)[:WORDS_BYTES].cast("q") for segment in segments]
         self._addresses = [segment.address + 8 * _ROUND for segment in segments]
         self._own, self._own_address = self._words[rank], self._addresses[rank]
@@ -86,11 +89,15 @@ class Board:
         if not memory.IS_ORDERED:
             memory.order()
 
+    def advance(self) -> None:
+        """Tell those who wait that this rank has not stopped, though it will take a while to come."""
+        self._own[_PROGRESS] += 1
+
     def check(self) -> None:
         """Raise PeerLost if a rank, also this one, has ended the group. Cheap."""
         for peer, words in enumerate(self._words):
             if words[_STATE] == _ENDED:
-                raise PeerLost(f"rank {peer} has ended the group")
+                raise PeerLost(f"rank {self._names[peer]} has ended the group")
 
     def leave(self) -> None:
         """Say that this rank goes on purpose: peers finish without it what it has finished."""
@@ -129,7 +136,7 @@ class Board:
             if words[_ROUND] >= goal:
                 return
         moved_s = looked_s = time.monotonic()
-        last = words[_ROUND]
+        last = words[_ROUND] + words[_PROGRESS]
         while True:
             words[_SLEEPERS] = 1
             now = words[_ROUND]
@@ -143,13 +150,13 @@ class Board:
                 return
             self.check()
             now_s = time.monotonic()
-            if words[_ROUND] != last:
-                last, moved_s = words[_ROUND], now_s
+            if (reached := words[_ROUND] + words[_PROGRESS]) != last:
+                last, moved_s = reached, now_s
             if now_s - looked_s >= _TICK_S / 2:
                 looked_s = now_s
                 self._look(peer, words, goal)
             if now_s - moved_s >= self._timeout_s:
-                raise late([peer], self._timeout_s)
+                raise late([self._names[peer]], self._timeout_s)
 
     def _look(self, peer: int, words: memoryview, goal: int) -> None:
         """Raise PeerLost if the group cannot go on."""
@@ -157,10 +164,10 @@ class Board:
             if not memory.IS_ORDERED:
                 memory.order()
             if words[_ROUND] < goal:  # it may have come before it left
-                raise PeerLost(f"rank {peer} has left the group")
+                raise PeerLost(f"rank {self._names[peer]} has left the group")
         for pidfd, _ in self._deaths.poll(0):
             dead = self._pidfds[pidfd]
             if self._words[dead][_STATE] != _LEFT:
-                raise PeerLost(f"the process of rank {dead} has died")
+                raise PeerLost(f"the process of rank {self._names[dead]} has died")
             self._deaths.unregister(pidfd)
         self._watch()

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_ray.errors import ConfigError
+from lepton_ray.plan.transport import Wire
 
 Array = NDArray[Any]  # any dtype that numpy can hold without objects
 
@@ -31,18 +32,22 @@ MIN = Reduction("min", 3, np.minimum)
 MAX = Reduction("max", 4, np.maximum)
 _REDUCTION_NAMES = ("", SUM.name, PRODUCT.name, MIN.name, MAX.name)
 
+_WIRES = tuple(wire.value for wire in Wire)
+
 ALLREDUCE, BROADCAST, ALLGATHER, REDUCE_SCATTER, REDUCE, MESSAGE, BARRIER = range(7)
 CALLS = ("allreduce", "broadcast", "allgather", "reducescatter", "reduce", "send/recv", "barrier")
 
-# Call, reduction, dtype kind, item size, root, sequence number, elements. All ranks of an operation must say the same,
-# so a comparison of bytes is the whole check.
+# Call, reduction and wire format, dtype kind, item size, root, sequence number, elements. All ranks of an operation
+# must say the same, so a comparison of bytes is the whole check.
 HEADER = struct.Struct("<4BIIQ")
 
 
-def header_of(call: int, array: Array, op: Reduction | None, root: int, number: int) -> bytes:
-    """Return what a rank says when it begins an operation."""
+def header_of(call: int, array: Array, op: Reduction | None, root: int, number: int, wire: int = 0) -> bytes:
+    """Return what a rank says when it begins an operation. wire: code of a format, 0 for arrays as they are."""
     dtype = array.dtype
-    return HEADER.pack(call, op.code if op else 0, ord(dtype.kind), dtype.itemsize & 0xFF, root, number, array.size)
+    return HEADER.pack(
+        call, (op.code if op else 0) | wire << 4, ord(dtype.kind), dtype.itemsize & 0xFF, root, number, array.size
+    )
 
 
 def check_array(call: int, array: Array) -> None:
@@ -65,8 +70,10 @@ def mismatch(rank: int, own: bytes, peer: int, other: bytes) -> ConfigError:
 
 def _describe(header: bytes) -> str:
     call, reduction, kind, itemsize, root, number, count = HEADER.unpack(header)
-    if call >= len(CALLS) or reduction >= len(_REDUCTION_NAMES):
+    reduction, wire = reduction & 15, reduction >> 4
+    if call >= len(CALLS) or wire >= len(_WIRES) or reduction >= len(_REDUCTION_NAMES):
         return "something unknown"
     detail = [_REDUCTION_NAMES[reduction]] if reduction else []
+    detail += [_WIRES[wire]] if wire else []
     detail += [f"rank {root}"] if call in (BROADCAST, REDUCE, MESSAGE) else []
     return f"{CALLS[call]}({', '.join(detail)}) #{number} of {count} x {chr(kind)}{itemsize}"

@@ -7,7 +7,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -124,12 +124,12 @@ class Watch:
         self._ignored.add(link.descriptor)
         self._register(link.descriptor)
 
-    def wait_for(self, inlet: Link | None, outlet: Link | None, timeout_s: float) -> None:
-        """Wait until bytes can be received from one link or sent to another. Raises PeerLost or WaitTimeout."""
+    def wait_for(self, inlet: Link | None, outlets: Iterable[Link], timeout_s: float) -> None:
+        """Wait until bytes can be received from one link or sent to others. Raises PeerLost or WaitTimeout."""
         wanted: dict[Link, int] = {}
         if inlet is not None:
             wanted[inlet] = select.POLLIN
-        if outlet is not None:
+        for outlet in outlets:
             wanted[outlet] = wanted.get(outlet, 0) | select.POLLOUT
         for link, events in wanted.items():
             self.want(link, events)
@@ -139,49 +139,64 @@ class Watch:
             self.want(link, 0)
 
 
-class Flow:
-    """Sends a queue of views to one link while views are received from another, without a thread."""
+Parcel = bytes | memoryview | Callable[[], memoryview]
+"""What is to be sent, or what makes it when its turn has come."""
 
-    __slots__ = ("_inlet", "_outlet", "_queue", "_timeout_s", "_watch")
+
+class Flow:
+    """Sends queues of parcels to some links while views are received from others, without a thread."""
+
+    __slots__ = ("_inlet", "_outlet", "_queues", "_timeout_s", "_watch")
 
     def __init__(
         self, watch: Watch, timeout_s: float, *, outlet: Link | None = None, inlet: Link | None = None
     ) -> None:
-        """timeout_s: longest wait without progress."""
+        """timeout_s: longest wait without progress. outlet, inlet: used where a call names none."""
         self._watch, self._timeout_s, self._outlet, self._inlet = watch, timeout_s, outlet, inlet
-        self._queue: deque[bytes | memoryview] = deque()
+        self._queues: dict[Link, deque[Parcel]] = {}
 
-    def send(self, *views: bytes | memoryview) -> None:
-        """Queue views; nothing is sent before the next `receive` or `flush`."""
-        self._queue.extend(view for view in views if len(view))
+    def send(self, *parcels: Parcel, to: Link | None = None) -> None:
+        """Queue parcels; nothing is sent before the next `receive` or `flush`."""
+        link = to or self._outlet
+        assert link is not None
+        self._queues.setdefault(link, deque()).extend(each for each in parcels if callable(each) or len(each))
 
-    def receive(self, view: memoryview) -> None:
+    def receive(self, view: memoryview, source: Link | None = None) -> None:
         """Fill `view`, sending meanwhile."""
-        assert self._inlet is not None
+        inlet = source or self._inlet
+        assert inlet is not None
         while view:
             sent = self._push()
-            count = self._inlet.receive(view)
+            count = inlet.receive(view)
             if count:
                 view = view[count:]
             elif not sent:
-                self._watch.wait_for(self._inlet, self._outlet if self._queue else None, self._timeout_s)
+                self._watch.wait_for(inlet, self._waiting(), self._timeout_s)
 
     def flush(self, keep: int = 0) -> None:
-        """Send all that is queued but the last `keep` views."""
-        while len(self._queue) > keep:
+        """Send all that is queued but the last `keep` parcels."""
+        while sum(map(len, self._queues.values())) > keep:
             if not self._push():
-                self._watch.wait_for(None, self._outlet, self._timeout_s)
+                self._watch.wait_for(None, self._waiting(), self._timeout_s)
+
+    def _waiting(self) -> list[Link]:
+        return [link for link, queue in self._queues.items() if queue]
 
     def _push(self) -> int:
-        if not self._queue or self._outlet is None:
-            return 0
-        view = self._queue[0]
-        count = self._outlet.send(view)
-        if count == len(view):
-            self._queue.popleft()
-        else:
-            self._queue[0] = view[count:]
-        return count
+        """Send a parcel, or what goes of it, to each link; return the bytes."""
+        total = 0
+        for link, queue in self._queues.items():
+            if not queue:
+                continue
+            parcel = queue[0]
+            view = parcel() if callable(parcel) else parcel
+            count = link.send(view)
+            if count == len(view):
+                queue.popleft()
+            else:
+                queue[0] = view[count:]
+            total += count
+        return total
 
 
 def late(peers: Sequence[int], timeout_s: float) -> WaitTimeout:

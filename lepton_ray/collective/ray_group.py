@@ -31,7 +31,9 @@ from ray.util.collective.types import ReduceOp
 
 from lepton_ray.collective.calls import MAX, MIN, PRODUCT, SUM, Array, Reduction
 from lepton_ray.collective.group import Group
+from lepton_ray.collective.wire import Feedback
 from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout
+from lepton_ray.plan.transport import Wire
 
 BACKEND = "LEPTON"
 _NAMESPACE = b"lepton"
@@ -75,6 +77,21 @@ def empty(group_name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
     Tensors in it are reduced in place, without a copy, where all ranks' tensors of the call are.
     """
     return _forming_or_formed[group_name].empty(count, dtype)
+
+
+def allreduce(group_name: str, tensor: Tensor, wire: str = Wire.FP32.value, feedback: Feedback | None = None) -> None:
+    """Sum a tensor over a group of this process, as Ray's function does, but with what that has no way to say.
+
+    wire, feedback: as `Group.allreduce`.
+    """
+    array, finish = _flat(tensor)
+    _forming_or_formed[group_name].formed.allreduce(array, _HALF.get((tensor.dtype, ReduceOp.SUM), SUM), wire, feedback)
+    finish()
+
+
+def explain(group_name: str, size_bytes: int) -> str:
+    """Say how a group of this process sums so many bytes, and why; see `Group.explain`."""
+    return _forming_or_formed[group_name].formed.explain(size_bytes)
 
 
 class LeptonGroup(BaseGroup):
@@ -154,7 +171,7 @@ class LeptonGroup(BaseGroup):
 
     def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Make a 1-D CPU tensor in the group's memory."""
-        memory = self._formed.empty(count * dtype.itemsize, np.uint8)
+        memory = self.formed.empty(count * dtype.itemsize, np.uint8)
         return torch.from_numpy(memory).view(dtype)
 
     def destroy_group(self) -> None:
@@ -166,23 +183,23 @@ class LeptonGroup(BaseGroup):
     def allreduce(self, tensor: list[Tensor], allreduce_options: Options = None) -> None:
         op = _reduction(tensor[0], allreduce_options)
         array, finish = _flat(tensor[0])
-        self._formed.allreduce(array, op)
+        self.formed.allreduce(array, op)
         finish()
 
     def barrier(self, barrier_options: Options = None) -> None:
-        self._formed.barrier()
+        self.formed.barrier()
 
     def reduce(self, tensor: list[Tensor], reduce_options: Options = None) -> None:
         root = reduce_options.root_rank if reduce_options is not None else 0
         op = _reduction(tensor[0], reduce_options)
         array, finish = _flat(tensor[0], is_written=root == self._rank)
-        self._formed.reduce(array, root, op)
+        self.formed.reduce(array, root, op)
         finish()
 
     def broadcast(self, tensor: list[Tensor], broadcast_options: Options = None) -> None:
         root = broadcast_options.root_rank if broadcast_options is not None else 0
         array, finish = _flat(tensor[0], is_written=root != self._rank)
-        self._formed.broadcast(array, root)
+        self.formed.broadcast(array, root)
         finish()
 
     def allgather(
@@ -192,7 +209,7 @@ class LeptonGroup(BaseGroup):
         self._check_alike("allgather", outputs, tensor[0])
         targets = [_flat(output) for output in outputs]
         array, _ = _flat(tensor[0], is_written=False)
-        rows = self._formed.allgather(array)
+        rows = self.formed.allgather(array)
         for (target, finish), row in zip(targets, rows):
             target[:] = row
             finish()
@@ -207,20 +224,21 @@ class LeptonGroup(BaseGroup):
         joined = np.empty((self._world_size, output.size), output.dtype)
         for row, each in zip(joined, inputs):
             row[:] = _flat(each, is_written=False)[0]
-        output[:] = self._formed.reducescatter(joined.reshape(-1), op)
+        output[:] = self.formed.reducescatter(joined.reshape(-1), op)
         finish()
 
     def send(self, tensor: list[Tensor], send_options: Options) -> None:
         array, _ = _flat(tensor[0], is_written=False)
-        self._formed.send(array, send_options.dst_rank)
+        self.formed.send(array, send_options.dst_rank)
 
     def recv(self, tensor: list[Tensor], recv_options: Options) -> None:
         array, finish = _flat(tensor[0])
-        self._formed.recv(array, recv_options.src_rank)
+        self.formed.recv(array, recv_options.src_rank)
         finish()
 
     @property
-    def _formed(self) -> Group:
+    def formed(self) -> Group:
+        """Return the group behind Ray's."""
         assert self._group is not None  # Ray calls nothing before the constructor has returned
         return self._group
 

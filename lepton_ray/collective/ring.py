@@ -5,8 +5,7 @@ point-to-point free, and every rank sees the death of any other on a socket of i
 messages keep program order: all ranks make the same calls in the same order, sends and receives included.
 
 Small reductions go directly from everybody to everybody, one hop, and are summed in rank order; so do those of two
-ranks, whatever their size. Larger ones go round the ring of `plan.ring`, cut into pieces that are forwarded as soon as
-they are reduced. Either way every rank ends with the same bits.
+ranks, whatever their size. Larger ones go along a `Row` of all ranks. Either way every rank ends with the same bits.
 
 A group is never repaired. The first error, or `abort`, shuts all sockets of this rank down. Whoever waits for anybody
 watches everybody, so this ends the operation of every other rank likewise: none is left to its timeout because the
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 import select
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +41,9 @@ from lepton_ray.collective.calls import (
 )
 from lepton_ray.collective.links import Flow, Link, late
 from lepton_ray.collective.mesh import Exchange, Mesh
+from lepton_ray.collective.row import Row, bytes_of, pieces
 from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout
-from lepton_ray.plan.ring import Move, all_gather, chunk_bounds, reduce_scatter
+from lepton_ray.plan.ring import all_gather, chunk_bounds, reduce_scatter
 
 # What a rank says last when it leaves on purpose. Without it, the end of its stream is a death.
 _GOODBYE = HEADER.pack(0xFF, 0, 0, 0, 0, 0, 0)
@@ -51,8 +51,6 @@ _GOODBYE = HEADER.pack(0xFF, 0, 0, 0, 0, 0, 0)
 # An all-to-all of at most so many outgoing bytes per rank is faster than a ring (and fits into any socket buffer, so
 # that all ranks may send before they receive).
 _DIRECT_BYTES = 32 << 10
-# A piece is received, reduced and forwarded while it is in the cache.
-_PIECE_BYTES = 512 << 10
 # Waking a sleeping process on another core costs 50-140 us on a virtual machine, so a short wait is polled. Between two
 # polls the core is offered to others: with more ranks than cores the awaited one may need it.
 _SPIN_S = 100e-6
@@ -79,6 +77,7 @@ class Ring:
             raise ConfigError(f"Ring(timeout_s={timeout_s}): expected seconds > 0.")
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self._mesh = Mesh(rank, world, secret, host, timeout_s)
+        self._row = Row(self._mesh, range(world), self._expect)
         self._scratch = np.empty(0, np.uint8)
         self._calls = 0
         self._sent, self._received = [0] * world, [0] * world
@@ -126,17 +125,9 @@ class Ring:
             if self.world == 1:
                 return
             if array.nbytes * (self.world - 1) > _DIRECT_BYTES:
-                if self.world == 2:
-                    self._trade(header, array, op)
-                    return
-                moves = reduce_scatter(self.rank, self.world) + all_gather(self.rank, self.world)
-                self._circulate(header, array, moves, self.world - 1, op)
+                self._row.allreduce(header, array, slice(0, array.size), op)
                 return
-            parts = self._swap(header, array)
-            total = parts[0]
-            for rank in range(1, self.world):  # in rank order, for the same bits everywhere
-                out = array if rank == self.world - 1 else total
-                op.apply(total, parts[rank], out=out)
+            self._exchange(header, array, op)
 
     def allgather(self, array: Array) -> Array:
         """Return the arrays of all ranks, which are of one size, as the rows of a new one."""
@@ -146,7 +137,9 @@ class Ring:
             if self.world == 1:
                 return rows
             if array.nbytes * (self.world - 1) > _DIRECT_BYTES:
-                self._circulate(header, rows.reshape(-1), all_gather(self.rank, self.world), 0, SUM)
+                chunks = [slice(array.size * rank, array.size * (rank + 1)) for rank in self._row.ranks]
+                moves = all_gather(self._row.position, self.world)
+                self._row.circulate(header, rows.reshape(-1), chunks, moves, 0, SUM)
             else:
                 for rank, part in enumerate(self._swap(header, array)):
                     rows[rank] = part
@@ -158,9 +151,11 @@ class Ring:
         The rest of `array` is left half reduced.
         """
         with self._operation(REDUCE_SCATTER, array, op=op) as header:
-            if self.world > 1:
-                self._circulate(header, array, reduce_scatter(self.rank, self.world), self.world - 1, op)
             bounds = chunk_bounds(array.size, self.world)
+            if self.world > 1:
+                chunks = [slice(bounds[rank], bounds[rank + 1]) for rank in self._row.ranks]
+                moves = reduce_scatter(self._row.position, self.world)
+                self._row.circulate(header, array, chunks, moves, self.world - 1, op)
             return array[bounds[self.rank] : bounds[self.rank + 1]]
 
     def broadcast(self, array: Array, root: int = 0) -> None:
@@ -168,17 +163,17 @@ class Ring:
         with self._operation(BROADCAST, array, root=root) as header:
             if self.world == 1:
                 return
-            before, after = self._neighbours()
+            before, after = self._row.link(-1), self._row.link(1)
             flow = Flow(self._mesh.watch, self.timeout_s, outlet=None if after.peer == root else after, inlet=before)
             if self.rank != root:
                 self._expect(flow, before, header)
             if after.peer != root:
                 flow.send(header)
-            for piece in _pieces(array, 0, array.size):
+            for piece in pieces(array, slice(0, array.size)):
                 if self.rank != root:
-                    flow.receive(_bytes_of(piece))
+                    flow.receive(bytes_of(array[piece]))
                 if after.peer != root:
-                    flow.send(_bytes_of(piece))
+                    flow.send(bytes_of(array[piece]))
             flow.flush()
 
     def reduce(self, array: Array, root: int = 0, op: Reduction = SUM) -> None:
@@ -186,22 +181,23 @@ class Ring:
         with self._operation(REDUCE, array, root=root, op=op) as header:
             if self.world == 1:
                 return
-            before, after = self._neighbours()
+            before, after = self._row.link(-1), self._row.link(1)
             flow = Flow(self._mesh.watch, self.timeout_s, outlet=None if self.rank == root else after, inlet=before)
             if before.peer != root:
                 self._expect(flow, before, header)
             if self.rank != root:
                 flow.send(header)
-            for piece in _pieces(array, 0, array.size):
+            for piece in pieces(array, slice(0, array.size)):
+                own = array[piece]
                 if before.peer != root:
-                    scratch = self._room(piece.nbytes)[: piece.nbytes]
+                    scratch = self._room(own.nbytes)[: own.nbytes]
                     flow.receive(memoryview(scratch))
                     received = scratch.view(array.dtype)
-                    out = piece if self.rank == root else received
-                    op.apply(received, piece, out=out)
-                    piece = out
+                    out = own if self.rank == root else received
+                    op.apply(received, own, out=out)
+                    own = out
                 if self.rank != root:
-                    flow.send(_bytes_of(piece))
+                    flow.send(bytes_of(own))
                     flow.flush()  # before the scratch memory is used again
             flow.flush()
 
@@ -209,7 +205,7 @@ class Ring:
         """Send `array` to one rank. Returns when the kernel has taken all of it."""
         with self._operation(MESSAGE, array, root=to, counter=self._sent, peer=to) as header:
             flow = Flow(self._mesh.watch, self.timeout_s, outlet=self._mesh.links[to])
-            flow.send(header, _bytes_of(array))
+            flow.send(header, bytes_of(array))
             flow.flush()
 
     def recv(self, array: Array, source: int) -> None:
@@ -217,7 +213,7 @@ class Ring:
         with self._operation(MESSAGE, array, root=self.rank, counter=self._received, peer=source) as header:
             flow = Flow(self._mesh.watch, self.timeout_s, inlet=self._mesh.links[source])
             self._expect(flow, self._mesh.links[source], header)
-            flow.receive(_bytes_of(array))
+            flow.receive(bytes_of(array))
 
     def barrier(self) -> None:
         """Return when all ranks have called it."""
@@ -235,46 +231,67 @@ class Ring:
         root: int = 0,
         counter: list[int] | None = None,
         peer: int | None = None,
+        wire: int = 0,
     ) -> _Operation:
         """Check the input of an operation; to be entered for it.
 
-        counter, peer: for point-to-point messages, which are counted per pair and direction.
+        counter, peer: for point-to-point messages, which are counted per pair and direction. wire: as `header_of`.
         """
         check_array(call, array)
         if not 0 <= root < self.world or (peer is not None and not 0 <= peer < self.world) or peer == self.rank:
             other = root if peer is None else peer
             raise ConfigError(f"{CALLS[call]} with rank {other}: this is rank {self.rank} of {self.world}.")
-        return _Operation(self, call, array, op, root, counter, peer)
-
-    def _neighbours(self) -> tuple[Link, Link]:
-        return self._mesh.links[(self.rank - 1) % self.world], self._mesh.links[(self.rank + 1) % self.world]
+        return _Operation(self, call, array, op, root, counter, peer, wire)
 
     def _room(self, size_bytes: int) -> NDArray[np.uint8]:
         if self._scratch.size < size_bytes:
-            self._scratch = np.empty(max(size_bytes, _PIECE_BYTES), np.uint8)
+            self._scratch = np.empty(size_bytes, np.uint8)
         return self._scratch
 
-    def _swap(self, header: bytes, array: Array) -> list[Array]:
-        """Exchange a small array with every peer; return the arrays of all ranks, valid until the next operation."""
-        view, size_bytes = _bytes_of(array), array.nbytes
-        stride = (size_bytes + 2 * _LINE - 1) // _LINE * _LINE
-        scratch = self._room(stride * self.world)
-        parts = []
-        missing = {}
-        for rank in range(self.world):
-            start = rank * stride + _LINE
-            if rank == self.rank:
-                parts.append(array)
-                continue
-            parts.append(scratch[start : start + size_bytes].view(array.dtype))
-            missing[rank] = memoryview(scratch[start - HEADER.size : start + size_bytes]), 0
-            link = self._mesh.links[rank]
+    def _exchange(
+        self,
+        header: bytes,
+        array: Array,
+        op: Reduction,
+        targets: Sequence[int] | None = None,
+        sources: Sequence[int] | None = None,
+    ) -> None:
+        """Reduce a small array over some ranks; as `_swap`."""
+        parts = self._swap(header, array, targets, sources)
+        total = parts[0]
+        for part in parts[1:]:  # in their order, for the same bits everywhere
+            out = array if part is parts[-1] else total
+            op.apply(total, part, out=out)
+            total = out
+
+    def _swap(
+        self, header: bytes, array: Array, targets: Sequence[int] | None = None, sources: Sequence[int] | None = None
+    ) -> list[Array]:
+        """Send a small array to some peers; return the arrays of some ranks, valid until the next operation.
+
+        targets: all peers by default. sources: all ranks by default; the own array is taken as it is.
+        """
+        view, size_bytes = bytes_of(array), array.nbytes
+        for peer in self._mesh.links if targets is None else targets:
+            link = self._mesh.links[peer]
             sent = link.send(header, view)
             if sent < HEADER.size + size_bytes:  # rare: the kernel's buffer holds messages that are still unread
                 flow = Flow(self._mesh.watch, self.timeout_s, outlet=link)
                 flow.send(memoryview(header + view)[sent:])
                 flow.flush()
-            self._mesh.watch.want(link, select.POLLIN)
+        sources = range(self.world) if sources is None else sources
+        stride = (size_bytes + 2 * _LINE - 1) // _LINE * _LINE
+        scratch = self._room(stride * len(sources))
+        parts = []
+        missing = {}
+        for index, rank in enumerate(sources):
+            start = index * stride + _LINE
+            if rank == self.rank:
+                parts.append(array)
+                continue
+            parts.append(scratch[start : start + size_bytes].view(array.dtype))
+            missing[rank] = memoryview(scratch[start - HEADER.size : start + size_bytes]), 0
+            self._mesh.watch.want(self._mesh.links[rank], select.POLLIN)
         while missing:
             ready = self._mesh.watch.wait(self.timeout_s, _SPIN_S)
             if not ready:
@@ -290,46 +307,9 @@ class Ring:
                     self._mesh.watch.want(link, 0)
         return parts
 
-    def _trade(self, header: bytes, array: Array, op: Reduction) -> None:
-        """All-reduce between two ranks: each sends all it has. As many bytes as a ring of two, in one phase of it."""
-        (link,) = self._mesh.links.values()
-        flow = Flow(self._mesh.watch, self.timeout_s, outlet=link, inlet=link)
-        pieces = list(_pieces(array, 0, array.size))
-        flow.send(header, *map(_bytes_of, pieces))
-        self._expect(flow, link, header)
-        for index, piece in enumerate(pieces, start=1):
-            scratch = self._room(piece.nbytes)[: piece.nbytes]
-            flow.receive(memoryview(scratch))
-            flow.flush(keep=len(pieces) - index)  # what has not left yet must not be overwritten
-            received = scratch.view(array.dtype)
-            first, second = (piece, received) if self.rank == 0 else (received, piece)
-            op.apply(first, second, out=piece)
-
-    def _circulate(self, header: bytes, array: Array, moves: Sequence[Move], reducing: int, op: Reduction) -> None:
-        """Make the moves of a ring. The first `reducing` of them reduce what is received, the others store it."""
-        before, after = self._neighbours()
-        flow = Flow(self._mesh.watch, self.timeout_s, outlet=after, inlet=before)
-        bounds = chunk_bounds(array.size, self.world)
-        flow.send(header)
-        flow.send(*map(_bytes_of, _pieces(array, bounds[moves[0].send], bounds[moves[0].send + 1])))
-        self._expect(flow, before, header)
-        for index, move in enumerate(moves):
-            for piece in _pieces(array, bounds[move.receive], bounds[move.receive + 1]):
-                if index < reducing:
-                    scratch = self._room(piece.nbytes)[: piece.nbytes]
-                    flow.receive(memoryview(scratch))
-                    op.apply(scratch.view(array.dtype), piece, out=piece)
-                else:
-                    flow.receive(_bytes_of(piece))
-                if index + 1 < len(moves):
-                    # What is queued is not written again before the next rank has it: only its share or its copy,
-                    # made after it had this piece, can come round and overwrite the piece.
-                    flow.send(_bytes_of(piece))
-        flow.flush()
-
     def _expect(self, flow: Flow, link: Link, header: bytes) -> None:
         arrived = memoryview(bytearray(HEADER.size))
-        flow.receive(arrived)
+        flow.receive(arrived, link)
         self._check(link.peer, header, arrived)
 
     def _check(self, peer: int, own: bytes, arrived: memoryview) -> None:
@@ -347,7 +327,7 @@ class _Operation:
     A class, since the generator of `contextlib.contextmanager` takes as long as a meeting in shared memory.
     """
 
-    __slots__ = ("_array", "_call", "_counter", "_number", "_op", "_peer", "_ring", "_root")
+    __slots__ = ("_array", "_call", "_counter", "_number", "_op", "_peer", "_ring", "_root", "_wire")
 
     def __init__(
         self,
@@ -358,9 +338,10 @@ class _Operation:
         root: int,
         counter: list[int] | None,
         peer: int | None,
+        wire: int,
     ) -> None:
         self._ring, self._call, self._array, self._op, self._root = ring, call, array, op, root
-        self._counter, self._peer = counter, peer
+        self._counter, self._peer, self._wire = counter, peer, wire
 
     def __enter__(self) -> bytes:
         ring = self._ring
@@ -374,7 +355,7 @@ class _Operation:
                 raise PeerLost("it has ended")
             if ring.world > 1 and not ring._mesh.links:
                 raise ConfigError("Ring.form was not called.")
-            return header_of(self._call, self._array, self._op, self._root, self._number)
+            return header_of(self._call, self._array, self._op, self._root, self._number, self._wire)
         except BaseException as error:
             self.__exit__(type(error), error)
             raise
@@ -396,13 +377,3 @@ class _Operation:
                 raise type(error)(message) from error.__cause__
         finally:
             ring._operating.release()
-
-
-def _bytes_of(array: Array) -> memoryview:
-    return memoryview(array.view(np.uint8))
-
-
-def _pieces(array: Array, start: int, stop: int) -> Iterator[Array]:
-    step = max(1, _PIECE_BYTES // array.itemsize)
-    for lower in range(start, stop, step):
-        yield array[lower : min(lower + step, stop)]

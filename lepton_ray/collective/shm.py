@@ -68,13 +68,15 @@ class SharedMemory:
         can_read: bool,
         timeout_s: float,
         watch: Callable[[], object],
+        names: Sequence[int] | None = None,
     ) -> None:
         """segments: by rank, SEGMENT_BYTES each. can_read: whether every rank can read every other's private memory.
 
-        pidfds, timeout_s, watch: as `Board`.
+        pidfds, timeout_s, watch, names: as `Board`.
         """
-        self._rank, self._world, self._pids, self._can_read = rank, len(segments), pids, can_read
-        self.board = Board(rank, segments, pidfds, timeout_s=timeout_s, watch=watch)
+        self._rank, self._world, self._pids, self.can_read = rank, len(segments), pids, can_read
+        self._names = names or range(self._world)
+        self.board = Board(rank, segments, pidfds, timeout_s=timeout_s, watch=watch, names=names)
         self.holdings = Holdings(pids)
         self._peers = [(rank + step) % self._world for step in range(1, self._world)]
         # What is written for a round lies at the parity of the round.
@@ -145,6 +147,38 @@ class SharedMemory:
             self.board.meet()
         return rows
 
+    # --- with ranks elsewhere
+
+    def open(
+        self, header: bytes, array: Array, bounds: Sequence[int] | None, op: Reduction, *, is_spread: bool = True
+    ) -> Opened:
+        """Begin an operation in which ranks of this node reduce the node's arrays piece by piece, for other nodes.
+
+        bounds: what each rank reduces; None where that is no such part, which goes only if all may read each other.
+        is_spread: whether all ranks get the results.
+        """
+        begun = self._begin(header, array)
+        if begun.way is Way.STAGED:
+            assert bounds is not None
+            self._reduce_staged(array, bounds, op)
+        return Opened(self, begun, array, bounds, op, is_spread)
+
+    def fetch_rows(
+        self, header: bytes, rows: Array, owners: Sequence[Sequence[int]], fill: Callable[[], object]
+    ) -> None:
+        """Let `fill` get some rows, then fetch from each peer those that it got. All ranks may read each other.
+
+        owners: by rank, the numbers of the rows that it has after `fill`.
+        """
+        flat = rows.reshape(-1)
+        begun = self._begin(header, flat)
+        fill()
+        self.board.meet()
+        for peer in self._peers:
+            for row in owners[peer]:
+                self._fetch(begun, peer, row * rows.shape[1], rows[row])
+        self.board.meet()
+
     # --- beginning
 
     def _begin(self, header: bytes, array: Array) -> _Begun:
@@ -167,7 +201,7 @@ class SharedMemory:
             for rank, note in enumerate(self._notes[parity])
         ]
         is_shared = [each.inode != 0 for each in places]
-        way = choose(size_bytes, COPY_BYTES, is_shared, self._can_read)
+        way = choose(size_bytes, COPY_BYTES, is_shared, self.can_read)
         if way is Way.IN_PLACE:
             return _Begun(way, [self._view(rank, each, array) for rank, each in enumerate(places)], [])
         if way is Way.COPY:
@@ -183,7 +217,7 @@ class SharedMemory:
         headers = self._headers[self.board.round & 1]
         for peer in self._peers:
             if headers[peer] != header:
-                raise mismatch(self._rank, header, peer, bytes(headers[peer]))
+                raise mismatch(self._names[self._rank], header, self._names[peer], bytes(headers[peer]))
 
     def _copy_in(self, array: Array) -> None:
         """Put the own array where peers see it after the next meeting."""
@@ -206,7 +240,7 @@ class SharedMemory:
         try:
             return self.holdings.view(rank, place, like.nbytes).view(like.dtype)
         except OSError as error:
-            raise PeerLost(f"the memory of rank {rank} cannot be reached ({error})") from error
+            raise PeerLost(f"the memory of rank {self._names[rank]} cannot be reached ({error})") from error
 
     # --- phases of a large operation
 
@@ -228,16 +262,20 @@ class SharedMemory:
             self._reduce_staged(array, bounds, op)
             return
         for block in blocks(bounds[self._rank], bounds[self._rank + 1], self._block(array)):
-            self.board.check()
-            own = array[block]
-            for peer in self._peers:
-                if begun.way is Way.IN_PLACE:
-                    other = begun.arrays[peer][block]
-                else:
-                    other = self._scratch[: own.nbytes].view(own.dtype)
-                    self._read(begun, peer, block.start * array.itemsize, other)
-                op.apply(own, other, out=own)
+            self._reduce_block(begun, array, block, op)
         self.board.meet()
+
+    def _reduce_block(self, begun: _Begun, array: Array, block: slice, op: Reduction) -> None:
+        """Reduce a block of all ranks' arrays into the own one."""
+        self.board.check()
+        own = array[block]
+        for peer in self._peers:
+            if begun.way is Way.READ:
+                other = self._scratch[: own.nbytes].view(own.dtype)
+                self._read(begun, peer, block.start * array.itemsize, other)
+            else:
+                other = begun.arrays[peer][block]
+            op.apply(own, other, out=own)
 
     def _spread_parts(self, begun: _Begun, array: Array, bounds: Sequence[int]) -> None:
         """Fetch the part of every peer from its array."""
@@ -261,7 +299,7 @@ class SharedMemory:
         try:
             read_process(self._pids[peer], begun.addresses[peer] + offset, target.view(np.uint8))
         except OSError as error:
-            raise PeerLost(f"the memory of rank {peer} cannot be read ({error.strerror})") from error
+            raise PeerLost(f"the memory of rank {self._names[peer]} cannot be read ({error.strerror})") from error
 
     def _reduce_staged(self, array: Array, bounds: Sequence[int], op: Reduction) -> None:
         for places in turns(bounds, SLOT_BYTES // array.itemsize):
@@ -292,6 +330,50 @@ class SharedMemory:
 
     def _block(self, array: Array) -> int:
         return max(1, min(_BLOCK_BYTES, _BLOCKS_BYTES // self._world) // array.itemsize)
+
+
+class Opened:
+    """An operation in which ranks of a node work for each other, one piece after the other, between two meetings."""
+
+    def __init__(
+        self,
+        memory: SharedMemory,
+        begun: _Begun,
+        array: Array,
+        bounds: Sequence[int] | None,
+        op: Reduction,
+        is_spread: bool,
+    ) -> None:
+        self._memory, self._begun, self._array, self._bounds = memory, begun, array, bounds
+        self._op, self._is_spread = op, is_spread
+
+    def gather(self, piece: slice) -> None:
+        """Reduce a piece of all ranks' arrays into the own one."""
+        memory = self._memory
+        memory.board.advance()
+        if self._begun.way is Way.STAGED:
+            return  # done at the beginning, as it takes meetings
+        for block in blocks(piece.start, piece.stop, memory._block(self._array)):
+            memory._reduce_block(self._begun, self._array, block, self._op)
+
+    def spread(self, piece: slice) -> None:
+        """Write a piece into the arrays of all ranks, where that is allowed."""
+        memory = self._memory
+        memory.board.check()
+        memory.board.advance()
+        if self._is_spread and self._begun.way is Way.IN_PLACE:
+            for peer in memory._peers:
+                _copy(self._array[piece], self._begun.arrays[peer][piece])
+
+    def close(self) -> None:
+        """Meet all ranks when all is done; fetch from them what they could not write."""
+        memory = self._memory
+        if self._is_spread and self._bounds is not None and self._begun.way in (Way.COPY, Way.STAGED):
+            memory._spread_staged(self._array, self._bounds)
+            return
+        memory.board.meet()
+        if self._is_spread and self._bounds is not None and self._begun.way is Way.READ:
+            memory._spread_parts(self._begun, self._array, self._bounds)
 
 
 def _sum_up(parts: Sequence[Array], out: Array, op: Reduction) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_ray.collective import shm
+from lepton_ray.collective import row, shm
 from lepton_ray.collective.calls import MAX, SUM, Array
 from lepton_ray.collective.group import Group
 
@@ -79,10 +79,10 @@ def together(those: Sequence[Member], function: Callable[..., Any], *args: Any) 
     return [member.result() for member in those]
 
 
-def form(those: Sequence[Member], name: str = "group", timeout_s: float = 20) -> None:
-    """Join processes into a group, ranks in their order."""
+def form(those: Sequence[Member], name: str = "group", timeout_s: float = 20, nodes: str = "") -> None:
+    """Join processes into a group, ranks in their order. nodes: a letter for each rank; all on one node by default."""
     for rank, member in enumerate(those):
-        member.tell(_join, name, rank, len(those), timeout_s)
+        member.tell(_join, name, rank, len(those), timeout_s, nodes[rank : rank + 1])
     addresses = [member.hear() for member in those]
     for member in those:
         member.say(addresses)
@@ -103,8 +103,9 @@ def inventory() -> tuple[int, int, int]:
 
 def array_like(group: Group, source: Array, way: str) -> Array:
     """Copy an array to where an operation takes this way: "in place" is the group's memory, others are private."""
-    assert group._shared is not None
-    group._shared._can_read = way != "staged"
+    shared = group._shared if group._across is None else group._across.shared
+    if shared is not None:
+        shared.can_read = way != "staged"
     array = group.empty(source.size, source.dtype) if way == "in place" else np.empty_like(source)
     array[:] = source
     return array
@@ -114,6 +115,7 @@ def shrink() -> None:
     """Take every way at a hundredth of the usual sizes."""
     shm.SMALL_BYTES, shm.COPY_BYTES, shm.SLOT_BYTES = 256, 1024, 4096
     shm._BLOCK_BYTES, shm._READ_BYTES = 2048, 8192
+    row._PIECE_BYTES = 4096
 
 
 OPERATIONS: dict[str, Callable[[Group, Array], object]] = {
@@ -123,6 +125,7 @@ OPERATIONS: dict[str, Callable[[Group, Array], object]] = {
     "broadcast": lambda group, array: group.broadcast(array, 1),
     "reduce": lambda group, array: group.reduce(array, 1, SUM),
     "barrier": lambda group, array: group.barrier(),
+    "int8": lambda group, array: group.allreduce(array, wire="int8"),
 }
 
 
@@ -138,13 +141,13 @@ def repeat(operation: str, count: int, way: str, name: str = "group") -> tuple[s
         return type(error).__name__, str(error), time.monotonic()
 
 
-def _join(pipe: Connection, name: str, rank: int, world: int, timeout_s: float) -> None:
+def _join(pipe: Connection, name: str, rank: int, world: int, timeout_s: float, node: str) -> None:
     def exchange(address: bytes) -> Sequence[bytes]:
         pipe.send(address)
         addresses: Sequence[bytes] = pipe.recv()
         return addresses
 
-    group = Group(rank, world, secret=SECRET, timeout_s=timeout_s)
+    group = Group(rank, world, secret=SECRET, timeout_s=timeout_s, node=node)
     group.form(exchange)
     GROUPS[name] = group
 

@@ -17,8 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lepton_ray.collective import group as group_module
-from lepton_ray.collective import memory
+from lepton_ray.collective import memory, probe
 from lepton_ray.collective.calls import MAX, MIN, PRODUCT, SUM, Array
 from lepton_ray.collective.group import Group
 from lepton_ray.collective.memory import Segment
@@ -357,10 +356,10 @@ def test_a_new_group_of_survivors_works_soon() -> None:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    group_module._say.cache_clear()
+    probe._say.cache_clear()
     with caplog.at_level(logging.WARNING):
         yield caplog
-    group_module._say.cache_clear()
+    probe._say.cache_clear()
 
 
 class threads:
@@ -411,7 +410,7 @@ def sums(groups: list[Group], count: int = LARGE) -> list[float]:
     return play(groups, act)
 
 
-def test_one_rank_without_shared_memory_sends_all_to_tcp(
+def test_ranks_that_cannot_share_memory_are_as_on_two_nodes(
     monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:
     attach, refused = Segment.attach, []
@@ -426,7 +425,7 @@ def test_one_rank_without_shared_memory_sends_all_to_tcp(
     for _ in range(2):
         with threads(3) as groups:
             if not _:
-                assert [group.transport for group in groups] == ["tcp"] * 3
+                assert [group.transport for group in groups] == ["shared memory and tcp"] * 3
             assert sums(groups) == [3.0] * 3
     assert sum("cannot be opened" in record.getMessage() for record in said.records) == 1
     assert sum("another rank could not use it" in record.getMessage() for record in said.records) == 1
@@ -438,7 +437,7 @@ def test_a_rank_on_a_system_without_it_still_takes_part(
     answers = iter([None, "a machine of type abacus", None])
     monkeypatch.setattr(memory, "missing", lambda: next(answers))
     with threads(3) as groups:
-        assert {group.transport for group in groups} == {"tcp"}
+        assert {group.transport for group in groups} == {"shared memory and tcp"}
         assert sums(groups) == [3.0] * 3
     assert "a machine of type abacus" in said.text
 
@@ -452,7 +451,7 @@ def test_without_permission_to_read_arrays_go_through_slots(
     monkeypatch.setattr(memory, "read_process", refuse)
     with threads(2) as groups:
         assert [group.transport for group in groups] == ["shared memory"] * 2
-        assert [group._shared._can_read for group in groups if group._shared] == [False] * 2
+        assert [group._shared.can_read for group in groups if group._shared] == [False] * 2
         arrays = [np.arange(LARGE, dtype=np.float32) for _ in groups]
         assert play(groups, lambda group: group.allreduce(arrays[group.rank])) == [None] * 2
         assert all((array == np.arange(LARGE, dtype=np.float32) * 2).all() for array in arrays)

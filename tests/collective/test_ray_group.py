@@ -186,7 +186,7 @@ def check_memory_of_the_group(rank: int, group: str) -> None:
 
     from lepton_ray.collective import empty, ray_group
 
-    formed = ray_group._forming_or_formed[group]._formed
+    formed = ray_group._forming_or_formed[group].formed
     assert formed.transport == "shared memory"
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64):
         tensor = empty(group, 70_000, dtype)
@@ -195,6 +195,18 @@ def check_memory_of_the_group(rank: int, group: str) -> None:
         collective.allreduce(tensor[5:], group_name=group)
         assert tensor[5:].equal((torch.arange(5, 70_000) % 50 * 2 + 1).to(dtype))
         assert tensor[:5].tolist() == [rank + i for i in range(5)]
+
+
+def check_wire(rank: int, group: str) -> None:
+    import torch
+
+    from lepton_ray.collective import allreduce, explain
+
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        tensor = torch.full((2, 5000), rank + 1, dtype=dtype).t()
+        allreduce(group, tensor, wire="auto")
+        assert tensor.eq(3).all()
+    assert explain(group, 20_000) == "20000 bytes between 2 ranks of one node: shared memory"
 
 
 def check_refusals(rank: int, group: str) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from lepton_ray.collective import ring as ring_module
+from lepton_ray.collective import row as row_module
 from lepton_ray.collective import shm
 from lepton_ray.collective.calls import MAX, MIN, PRODUCT, SUM, Array
 from lepton_ray.collective.group import Group
@@ -43,7 +44,7 @@ REFERENCE: dict[str, Callable[[Array], Array]] = {
 def small_pieces() -> Iterator[None]:
     """Cut and go round the ring at a hundredth of the usual sizes: the same ways, with less to carry."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring_module, "_PIECE_BYTES", 4096)
+        patch.setattr(row_module, "_PIECE_BYTES", 4096)
         patch.setattr(ring_module, "_DIRECT_BYTES", 256)
         patch.setattr(shm, "SMALL_BYTES", 128)
         patch.setattr(shm, "COPY_BYTES", 256)
