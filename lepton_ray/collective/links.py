@@ -179,6 +179,11 @@ class Flow:
             if not self._push():
                 self._watch.wait_for(None, self._waiting(), self._timeout_s)
 
+    def push(self) -> list[Link]:
+        """Send what the kernel takes now; return the links that want more."""
+        self._push()
+        return self._waiting()
+
     def _waiting(self) -> list[Link]:
         return [link for link, queue in self._queues.items() if queue]
 

@@ -272,13 +272,14 @@ class Ring:
         targets: all peers by default. sources: all ranks by default; the own array is taken as it is.
         """
         view, size_bytes = bytes_of(array), array.nbytes
+        flow = Flow(self._mesh.watch, self.timeout_s)
+        wanted: dict[Link, int] = {}
         for peer in self._mesh.links if targets is None else targets:
             link = self._mesh.links[peer]
             sent = link.send(header, view)
             if sent < HEADER.size + size_bytes:  # rare: the kernel's buffer holds messages that are still unread
-                flow = Flow(self._mesh.watch, self.timeout_s, outlet=link)
-                flow.send(memoryview(header + view)[sent:])
-                flow.flush()
+                flow.send(memoryview(header + view)[sent:], to=link)
+                wanted[link] = select.POLLOUT
         sources = range(self.world) if sources is None else sources
         stride = (size_bytes + 2 * _LINE - 1) // _LINE * _LINE
         scratch = self._room(stride * len(sources))
@@ -291,20 +292,30 @@ class Ring:
                 continue
             parts.append(scratch[start : start + size_bytes].view(array.dtype))
             missing[rank] = memoryview(scratch[start - HEADER.size : start + size_bytes]), 0
-            self._mesh.watch.want(self._mesh.links[rank], select.POLLIN)
-        while missing:
+            wanted[self._mesh.links[rank]] = wanted.get(self._mesh.links[rank], 0) | select.POLLIN
+        for link, events in wanted.items():
+            self._mesh.watch.want(link, events)
+        while wanted:
             ready = self._mesh.watch.wait(self.timeout_s, _SPIN_S)
             if not ready:
-                raise late(list(missing), self.timeout_s)
+                raise late([link.peer for link in wanted], self.timeout_s)
+            unsent = flow.push()
             for link in ready:
-                area, filled = missing[link.peer]
-                filled += link.receive(area[filled:])
-                if filled >= HEADER.size:
-                    self._check(link.peer, header, area[: HEADER.size])
-                missing[link.peer] = area, filled
-                if filled == len(area):
-                    del missing[link.peer]
-                    self._mesh.watch.want(link, 0)
+                events = select.POLLOUT if link in unsent else 0
+                if link.peer in missing:
+                    area, filled = missing.pop(link.peer)
+                    filled += link.receive(area[filled:])
+                    if filled >= HEADER.size:
+                        self._check(link.peer, header, area[: HEADER.size])
+                    if filled < len(area):
+                        missing[link.peer] = area, filled
+                        events |= select.POLLIN
+                if events != wanted[link]:
+                    self._mesh.watch.want(link, events)
+                    if events:
+                        wanted[link] = events
+                    else:
+                        del wanted[link]
         return parts
 
     def _expect(self, flow: Flow, link: Link, header: bytes) -> None:

@@ -6,7 +6,6 @@ decoded gives the same bytes: a number that has been rounded once stays what it 
 
 from __future__ import annotations
 
-import sys
 from typing import Protocol
 
 import numpy as np
@@ -24,8 +23,6 @@ BLOCK = 256
 _LEAST = np.float32(2**-126)
 # Added to a number below 2**22, it leaves the number, rounded to nearest even, in the low bits.
 _ROUNDING = np.float32(1.5 * 2**23)
-_LOW = 0 if sys.byteorder == "little" else 3  # byte of a float32
-_HIGH = 1 if sys.byteorder == "little" else 0  # half of a float32
 
 
 class Codec(Protocol):
@@ -57,12 +54,12 @@ class Bf16:
         work &= 1
         work += 0x7FFF
         work += bits
+        work >>= 16
         halves = out.view(np.uint16)
-        halves[:] = work.view(np.uint16)[_HIGH::2]
-        with np.errstate(invalid="ignore", over="ignore"):
-            has_nan = bool(np.isnan(np.add.reduce(values)))  # or inf of both signs: then we look in vain
-        if has_nan:  # its bits may have been carried into those of inf, or of zero
-            halves[np.isnan(values)] = 0x7FC0
+        np.copyto(halves, work, casting="unsafe")
+        is_nan = np.isnan(values)
+        if is_nan.any():  # its bits may have been carried into those of inf, or of zero
+            halves[is_nan] = 0x7FC0
 
     def decode(self, data: Bytes, out: Floats) -> None:
         np.left_shift(data.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
@@ -111,8 +108,10 @@ class Int8:
         if len(self._work) < len(values):
             self._work = np.empty_like(values)
         work = self._work[: len(values)]
-        np.abs(values, out=work)
-        np.max(work, axis=1, out=scales)
+        # As integers, numbers without a sign have the same order, nan comes last, and numpy is twice as fast.
+        sizes = work.view(np.int32)
+        np.bitwise_and(values.view(np.int32), 0x7FFFFFFF, out=sizes)
+        np.max(sizes, axis=1, out=scales.view(np.int32))
         scales /= 127
         np.maximum(scales, _LEAST, out=scales)
         # Rounded up to 17 significant bits: times 127 it is exact, so that encoding again finds the same scale.
@@ -122,7 +121,7 @@ class Int8:
         with np.errstate(invalid="ignore"):
             np.multiply(values, (1 / scales)[:, None], out=work)
             work += _ROUNDING
-        codes[:] = work.view(np.int8).reshape(len(values), BLOCK, 4)[:, :, _LOW]
+        np.copyto(codes, work.view(np.int32), casting="unsafe")
 
 
 CODECS: dict[Wire, type[Codec]] = {Wire.BF16: Bf16, Wire.INT8: Int8}

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
-EXCHANGE_BYTES = 16 << 10
-"""Largest array that everybody sends to everybody: it fits into the buffers of a connection before anybody reads."""
+EXCHANGE_BYTES = 64 << 10
+"""Largest array that everybody sends to everybody."""
 # A route, and a wire format, that stands farther down its list must be predicted to take at most this share of the
 # time: predictions are not that good, and less exact sums must be worth it.
 _ROUTE_PAYS, _WIRE_PAYS = 0.95, 0.8
@@ -53,7 +53,9 @@ class Speeds:
     """What was measured when a group formed, of its slowest rank."""
 
     latency_s: float
-    """Seconds from one rank's call until a small message is there."""
+    """Seconds of an exchange of next to nothing."""
+    start_s: float
+    """Seconds that a ring takes for next to nothing, beyond those that its messages wait for each other."""
     bandwidth: float
     """Bytes per second that a node sends while it receives as many."""
     memory: float
@@ -92,6 +94,11 @@ def join(reaches: Sequence[Sequence[bool]]) -> list[list[int]]:
     return nodes
 
 
+def ring_messages(count: int) -> int:
+    """Return how many messages wait for each other in a ring of so many nodes. Two just tell each other all."""
+    return 1 if count == 2 else 2 * (count - 1)
+
+
 def lossy_route(nodes: Sequence[int]) -> Route:
     """Return the route of what is encoded: on it a number is rounded before it is summed, and the sum once more."""
     return Route.RING if len(nodes) == 2 else Route.SCATTER
@@ -100,7 +107,7 @@ def lossy_route(nodes: Sequence[int]) -> Route:
 def predict(size_bytes: int, nodes: Sequence[int], speeds: Speeds, wire: Wire = Wire.FP32) -> dict[Route, float]:
     """Return the seconds of each possible route. nodes: ranks of each; two nodes at least."""
     count, ranks, fewest, most = len(nodes), sum(nodes), min(nodes), max(nodes)
-    delay_s, sent_s = speeds.latency_s, SHARE[wire] * size_bytes / speeds.bandwidth
+    delay_s, start_s, sent_s = speeds.latency_s, speeds.start_s, SHARE[wire] * size_bytes / speeds.bandwidth
     memory_s = size_bytes / speeds.memory
     round_s = 2 * (count - 1) / count * sent_s
     # Of its share each rank reads the arrays of the others, and writes them. The smallest node says how many share.
@@ -109,9 +116,8 @@ def predict(size_bytes: int, nodes: Sequence[int], speeds: Speeds, wire: Wire = 
         # Added up, though codec and network may overlap: a core that encodes may be one that computes.
         local_s += _CODEC_PASSES * size_bytes / fewest / (speeds.bf16 if wire is Wire.BF16 else speeds.int8)
     found = {
-        # Two nodes just tell each other what they have.
-        Route.RING: (1 if count == 2 else 2 * (count - 1)) * delay_s + round_s + local_s,
-        Route.SCATTER: 2 * delay_s + round_s + local_s,
+        Route.RING: start_s + ring_messages(count) * delay_s + round_s + local_s,
+        Route.SCATTER: start_s + 2 * delay_s + round_s + local_s,
     }
     if wire is not Wire.FP32:
         return {lossy_route(nodes): found[lossy_route(nodes)]}
@@ -120,7 +126,7 @@ def predict(size_bytes: int, nodes: Sequence[int], speeds: Speeds, wire: Wire = 
         found[Route.EXCHANGE] = delay_s + busiest * sent_s + (most - 1) * memory_s
     if most > 1:
         round_s = 2 * (ranks - 1) / ranks * sent_s
-        found[Route.FLAT] = 2 * (ranks - 1) / ranks * count * delay_s + round_s
+        found[Route.FLAT] = start_s + 2 * (ranks - 1) / ranks * count * delay_s + round_s
     return found
 
 

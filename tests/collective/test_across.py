@@ -31,7 +31,7 @@ NOTICED_S = 0.5
 LAYOUTS = ["aabb", "aab", "abab", "aabc", "aaa", "abc", "ab"]
 
 # Speeds with which a route is chosen, whatever is between nodes of this machine.
-_FAST = {"latency_s": 1e-9, "bandwidth": 1e9, "memory": 1e12, "bf16": 1e9, "int8": 1e9}
+_FAST = {"latency_s": 1e-9, "start_s": 0, "bandwidth": 1e9, "memory": 1e12, "bf16": 1e9, "int8": 1e9}
 STEERING = {
     Route.EXCHANGE: Speeds(**_FAST | {"latency_s": 1}),
     Route.RING: Speeds(**_FAST),
