@@ -229,7 +229,8 @@ def check_refusals(rank: int, group: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "check", [check_allreduce, check_layouts, check_other_operations, check_memory_of_the_group, check_refusals]
+    "check",
+    [check_allreduce, check_layouts, check_other_operations, check_memory_of_the_group, check_wire, check_refusals],
 )
 def test_every_operation_of_rays_interface(actors: list[Any], check: Callable[[int, str], None]) -> None:
     everywhere(actors, join, WORLD, check.__name__)
