@@ -1,7 +1,7 @@
 """Measure, while a group forms, what `plan.transport` decides by: the network between nodes, memory, and codecs.
 
-A few messages and up to four transfers, which go on as long as they are quick. On a link of 1 Gbit/s that takes about
-15 ms; on one of 1 Mbit/s half a second. All ranks take part and end with the same figures.
+A few messages, and transfers that grow as long as they are quick. On a link of 1 Gbit/s that takes about 25 ms; on one
+of 1 Mbit/s half a second. All ranks take part and end with the same figures.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from lepton_ray.collective.row import bytes_of
 from lepton_ray.collective.wire import CODECS
 from lepton_ray.plan.transport import Route, Speeds, Wire, ring_messages
 
-_TRANSFERS_BYTES = (64 << 10, 64 << 10, 256 << 10, 1 << 20)
-# No transfer after so many seconds, nor a second one if the first took so many.
-_ENOUGH_S, _VERY_LONG_S = 0.015, 0.1
+# What a node sends at once. What shapes a link often lets a first burst pass, so a larger transfer says more.
+_TRANSFERS_BYTES = (64 << 10, 256 << 10, 1 << 20)
+# A transfer of so many seconds is large enough. The last is repeated, for it may have met a busy moment, unless it took
+# very long.
+_LONG_S, _VERY_LONG_S = 0.01, 0.1
 # Numbers that are encoded, a piece that fits the cache; and that are added up, more than fit.
 _PIECE, _ARRAY = 64 << 10, 1 << 19
 
@@ -39,16 +41,14 @@ def measure(
 
     latency_s, ring_s = slowest([_best(partial(attempt, route)) for route in (Route.EXCHANGE, Route.RING)])
     start_s = max(0.0, ring_s - ring_messages(len(across.counts)) * latency_s)
-    speeds: list[float] = []
-    total_s = 0.0
     for size_bytes in _TRANSFERS_BYTES:
-        (took_s,) = slowest([_time(partial(_transfer, mesh, across, size_bytes))])
-        speeds.append(across.sharing * size_bytes / max(took_s - latency_s, took_s / 4))
-        total_s += took_s
-        if took_s > _VERY_LONG_S or (len(speeds) > 1 and total_s > _ENOUGH_S):
+        transfer = partial(_time, partial(_transfer, mesh, across, size_bytes // across.sharing))
+        (took_s,) = slowest([transfer()])
+        if took_s > _LONG_S:
             break
-    # What shapes a link often lets a first burst pass. Of the others the best: any may have met a busy moment.
-    bandwidth = max(speeds[1:] or speeds)
+    if took_s < _VERY_LONG_S:
+        took_s = min(took_s, *slowest([transfer()]))
+    bandwidth = size_bytes / max(took_s - latency_s, took_s / 4)
     array = np.ones(_ARRAY, np.float32)
     total, piece, decoded = array.copy(), array[:_PIECE], np.empty(_PIECE, np.float32)
     seconds = [_best(lambda: SUM.apply(total, array, out=total)) * _PIECE / _ARRAY]
