@@ -17,7 +17,7 @@ from lepton_ray.collective.layout import even_parts
 from lepton_ray.collective.mesh import Mesh
 from lepton_ray.collective.row import ALONE, Expect, Lossy, Row
 from lepton_ray.collective.shm import SharedMemory
-from lepton_ray.collective.wire import CODECS, Feedback
+from lepton_ray.collective.wire import CODECS, Floats
 from lepton_ray.plan.ring import all_gather, reduce_scatter
 from lepton_ray.plan.transport import Route, Wire
 
@@ -66,9 +66,9 @@ class Across:
         self._exchange(header, np.empty(0, np.uint8), SUM, self._targets, self._sources)
 
     def allreduce(
-        self, header: bytes, array: Array, op: Reduction, route: Route, wire: Wire, feedback: Feedback | None
+        self, header: bytes, array: Array, op: Reduction, route: Route, wire: Wire, lost: Floats | None
     ) -> None:
-        """Reduce along a route. wire, feedback: of an array of float32, on the route that is for such."""
+        """Reduce along a route. wire, lost (see `Lossy`): of an array of float32, on the route that is for such."""
         if route is Route.EXCHANGE:
             if self.shared is not None:
                 self.shared.allreduce(header, array, op)
@@ -83,7 +83,7 @@ class Across:
         if self.lane is not None:
             lossy = self._lossy.get(wire)
             if lossy is not None:
-                lossy.lost = None if feedback is None else feedback.of(array.size)
+                lossy.lost = lost
             self.lane.allreduce(
                 header,
                 array,

@@ -145,8 +145,9 @@ class Group(Ring):
         if op.code == SUM.code and array.dtype == np.float32:
             sent = choice.wire if wire == _AUTO else Wire(wire)
         route = choice.route if sent is Wire.FP32 else lossy_route(self._across.counts)
+        lost = None if feedback is None or sent is Wire.FP32 else feedback.of(array.size)
         with self._operation(ALLREDUCE, array, op=op, wire=_WIRES.index(sent.value)) as header:
-            self._across.allreduce(header, array, op, route, sent, feedback)
+            self._across.allreduce(header, array, op, route, sent, lost)
 
     def allgather(self, array: Array) -> Array:
         size_bytes = array.nbytes * self.world
