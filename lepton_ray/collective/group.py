@@ -80,6 +80,12 @@ class Group(Ring):
         """Say how arrays travel: "shared memory", "tcp", or "none" in a group of one."""
         return "none" if self.world == 1 else "tcp" if self._shared is None else "shared memory"
 
+    def limit(self, timeout_s: float) -> None:
+        """Change how long operations wait without progress. Not while one runs."""
+        self.timeout_s = timeout_s
+        if self._shared is not None:
+            self._shared.board.timeout_s = timeout_s
+
     def empty(self, shape: int | Sequence[int], dtype: DTypeLike = np.float32) -> Array:
         """Make an array, in the group's memory where it has one. Its values are undefined.
 

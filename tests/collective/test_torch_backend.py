@@ -1,0 +1,154 @@
+"""torch.distributed on our transport: real processes, compared with Gloo in the same ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.collective import torch_ranks as there
+from tests.collective.members import Member, members, together
+
+pytestmark = pytest.mark.slow
+
+WORLD = 3
+NOTICED_S = 0.5
+# What Gloo cannot do, and we can.
+REFUSED_BY_GLOO: set[str] = set()
+
+
+@contextmanager
+def process_group(folder: Path, timeout_s: float = 20) -> Iterator[list[Member]]:
+    with members(WORLD) as made:
+        for rank, member in enumerate(made):
+            member.tell(there.init, str(folder / "store"), rank, WORLD, timeout_s)
+        assert [member.result(60) for member in made] == ["shared memory"] * WORLD
+        yield made
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Member]]:
+    """Processes in a process group "lepton", for all tests that leave it whole."""
+    with process_group(tmp_path_factory.mktemp("ranks")) as made:
+        yield made
+
+
+@pytest.mark.parametrize("rows", [3, 3000])
+def test_every_call_is_that_of_gloo(ranks: list[Member], rows: int) -> None:
+    refused = together(ranks, there.compare_with_gloo, rows)
+    assert set().union(*map(set, refused)) == REFUSED_BY_GLOO
+
+
+def test_a_work_is_done_when_all_ranks_have_come(ranks: list[Member]) -> None:
+    ranks[0].tell(there.start, "sum", 1000)
+    assert ranks[0].result() is False
+    ranks[1].tell(there.start, "sum", 1000)
+    assert ranks[1].result() is False
+    together(ranks[2:], there.start, "sum", 1000)
+    assert together(ranks, there.conclude, "sum") == [6.0] * WORLD
+
+
+@pytest.mark.parametrize(
+    ("act", "size"),
+    [
+        (there.messages_across, 4),
+        (there.messages_across, 500_000),
+        (there.messages_in_batches, 4),
+        (there.messages_in_batches, 2_000_000),
+        (there.train_ddp, 3),
+        (there.train_fsdp, 3),
+        (there.run_pipeline, 3),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_it_works_with_size(ranks: list[Member], act: Callable[[int], None], size: int) -> None:
+    together(ranks, act, size)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [there.use_subgroups, there.use_objects, there.use_functions, there.sum_sparse, there.redistribute],
+    ids=lambda act: act.__name__,
+)
+def test_it_works(ranks: list[Member], act: Callable[[], None]) -> None:
+    together(ranks, act)
+
+
+def test_works_are_done_in_the_order_of_issue(ranks: list[Member]) -> None:
+    assert together(ranks, there.sums_in_order, 10) == [[float(WORLD**11)] * 2] * WORLD
+
+
+def test_messages_from_anybody_say_from_whom(ranks: list[Member]) -> None:
+    assert together(ranks, there.messages_from_anybody, 1000) == [{1, 2}, set(), set()]
+
+
+def test_groups_can_be_made_again_and_leave_nothing(tmp_path: Path) -> None:
+    with process_group(tmp_path) as made:
+        together(made, there.messages_across, 4)  # starts the threads
+        together(made, there.destroy)
+        left = together(made, there.inventory)
+        for rank, member in enumerate(made):
+            member.tell(there.init, str(tmp_path / "store"), rank, WORLD)  # the same store
+        for member in made:
+            member.result()
+        together(made, there.messages_across, 4)
+        together(made, there.destroy)
+        for before, after in zip(left, together(made, there.inventory)):
+            assert after <= before
+
+
+# --- errors
+
+
+def check_noticed(noticed: Any, since_s: float, *kinds: str) -> None:
+    kind, is_torch_error, text, noticed_s = noticed
+    assert kind in kinds, text
+    assert is_torch_error
+    assert noticed_s - since_s < NOTICED_S
+
+
+@pytest.mark.parametrize("how", ["all_reduce", "all_reduce future", "recv", "all_to_all", "DDP"])
+def test_a_killed_rank_is_noticed_where_its_peers_wait(tmp_path: Path, how: str) -> None:
+    with process_group(tmp_path) as made:
+        if how == "DDP":
+            together(made, there.wrap)
+        for member in made[:2]:
+            member.tell(*((there.backward_in_vain,) if how == "DDP" else (there.wait_in_vain, how)))
+        killed_s = time.monotonic()
+        made[2].kill()
+        for member in made[:2]:
+            # A future, which DDP waits for, knows errors of C++ only.
+            is_future = how in ("DDP", "all_reduce future")
+            noticed = member.result()
+            check_noticed(noticed, killed_s, "RuntimeError" if is_future else "TorchPeerLost")
+
+
+def test_the_timeout_is_honoured(tmp_path: Path) -> None:
+    with process_group(tmp_path, timeout_s=0.4) as made:
+        started_s = time.monotonic()
+        made[0].tell(there.wait_in_vain, "recv")
+        noticed = made[0].result()
+        check_noticed(noticed, started_s + 0.4, "TorchWaitTimeout")
+        assert noticed[-1] - started_s > 0.4
+        made[0].tell(there.wait_in_vain, "all_reduce")
+        assert "nothing moved to or from rank 1" in made[0].result()[2]
+
+
+def test_abort_wakes_who_waits(tmp_path: Path) -> None:
+    with process_group(tmp_path) as made:
+        started_s = time.monotonic()
+        made[1].tell(there.wait_in_vain, "all_reduce")
+        made[0].tell(there.abort_soon)
+        for member in made[:2]:
+            check_noticed(member.result(), started_s, "TorchPeerLost")
+
+
+def test_calls_that_differ_are_named(tmp_path: Path) -> None:
+    with process_group(tmp_path) as made:
+        for kind, _, text, _ in together(made, there.call_wrongly, [5, 5, 6]):
+            assert kind in ("ConfigError", "TorchPeerLost")
+            assert "must make the same calls in the same order" in text
