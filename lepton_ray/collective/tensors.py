@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lepton_ray.collective.calls import AND, MAX, MIN, OR, PRODUCT, SUM, XOR, Array, Reduction
+from lepton_ray.collective.calls import BAND, BOR, BXOR, MAX, MIN, PRODUCT, SUM, Array, Reduction
 from lepton_ray.errors import ConfigError
 
 # numpy has no bfloat16. As an opaque two-byte type it passes through a group, which never looks inside.
@@ -29,14 +29,14 @@ def flat(tensor: torch.Tensor, *, is_written: bool = True) -> tuple[Array, Calla
 
 
 def reduction_of(plain: Reduction, dtype: torch.dtype) -> Reduction:
-    """Return the reduction for arrays that `flat` made of tensors of this dtype. Raises ConfigError if there is none."""
+    """Return the reduction for arrays that `flat` made of tensors of this dtype. Raises ConfigError if it has none."""
     if dtype.is_complex and plain in (MIN, MAX):
         raise ConfigError(f"the collective got op={plain.name.upper()} for {dtype}: complex numbers have no order.")
     if _is_tiny_float(dtype):
         raise ConfigError(
             f"the collective got op={plain.name.upper()} for {dtype}, which it only moves. Use tensor.float()."
         )
-    if plain in (AND, OR, XOR) and (dtype.is_floating_point or dtype.is_complex):
+    if plain in (BAND, BOR, BXOR) and (dtype.is_floating_point or dtype.is_complex):
         raise ConfigError(f"the collective got op={plain.name.upper()} for {dtype}: only integers and bool have bits.")
     return _HALF.get((dtype, plain), plain)
 

@@ -3,9 +3,9 @@
     import lepton_ray.collective.torch_backend
     torch.distributed.init_process_group("lepton")
 
-A process group is a `Group` for the collectives and a `Post` for the messages between two ranks. Collectives are carried
-out one after the other, in the order in which they were issued; all ranks issue the same ones in the same order.
-Messages go on beside them, so that a receive that waits holds up nothing. The first error ends a process group.
+A process group is a `Group` for the collectives and a `Post` for the messages between two ranks. Collectives run one
+after the other, in the order in which they were issued; all ranks issue the same ones in the same order. Messages go on
+beside them, so that a receive that waits holds up nothing. The first error ends a process group.
 
 Torch lets a package write a whole process group in Python, and nothing smaller (2.13). Some methods have two names:
 Python calls a newer one, and other code, or an older torch, the older one.

@@ -54,7 +54,8 @@ def _allreduce_sparse(group: Group, tensor: Tensor) -> None:
         torch.cat([rows[:count] for rows, count in zip(all_values, counts)]),
         own.shape,
     )
-    tensor.detach().copy_(joined.coalesce())
+    with torch.no_grad():  # what detach() gives shares no entries
+        tensor.copy_(joined.coalesce())
 
 
 def _filled_up(rows: Tensor, count: int) -> Tensor:
@@ -121,18 +122,15 @@ def exchange(
     place, own = places[group.rank], sends[group.rank]
     if place is not None and own is not None:
         place[:] = own
-    steps = range(1, group.world)  # everybody begins with another one
-    messages = []
-    for source in ((group.rank - step) % group.world for step in steps):
-        if (place := places[source]) is not None:
-            messages.append(partial(post.receive, memoryview(place), source))
-    for to in ((group.rank + step) % group.world for step in steps):
-        if (going := sends[to]) is not None:
-            messages.append(partial(post.send, memoryview(going), to))
+    others = [(group.rank + step) % group.world for step in range(1, group.world)]  # everybody begins with another one
+    messages = [
+        partial(post.receive, memoryview(place), peer) for peer in others if (place := places[peer]) is not None
+    ]
+    messages += [partial(post.send, memoryview(going), peer) for peer in others if (going := sends[peer]) is not None]
     await_all([partial(message, _EXCHANGE_TAG, timeout_s=group.timeout_s) for message in messages])
-    for each in receives:
-        if each is not None:
-            each[1]()
+    for received in receives:
+        if received is not None:
+            received[1]()
 
 
 def await_all(messages: Sequence[Callable[[Done], object]]) -> None:

@@ -1,4 +1,4 @@
-"""Check what a torch program hands to a collective, before it is issued: what one rank can see is wrong ends no group."""
+"""Check what a torch program hands to a collective before it is issued, so that a mistake of a call ends no group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lepton_ray.collective.calls import AND, MAX, MIN, OR, PRODUCT, SUM, XOR, Reduction
+from lepton_ray.collective.calls import BAND, BOR, BXOR, MAX, MIN, PRODUCT, SUM, Reduction
 from lepton_ray.collective.tensors import reduction_of
 from lepton_ray.errors import ConfigError
 
@@ -20,9 +20,9 @@ _REDUCTIONS = {
     dist.ReduceOp.PRODUCT: PRODUCT,
     dist.ReduceOp.MIN: MIN,
     dist.ReduceOp.MAX: MAX,
-    dist.ReduceOp.BAND: AND,
-    dist.ReduceOp.BOR: OR,
-    dist.ReduceOp.BXOR: XOR,
+    dist.ReduceOp.BAND: BAND,
+    dist.ReduceOp.BOR: BOR,
+    dist.ReduceOp.BXOR: BXOR,
 }
 
 

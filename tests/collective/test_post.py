@@ -163,14 +163,18 @@ def test_who_takes_from_anybody_hears_from_whom() -> None:
         assert ended.next() == 1
 
 
+def collect(ended: Ended, count: int) -> None:
+    for _ in range(count):
+        ended.next()
+
+
 def test_different_sizes_are_named() -> None:
     with posts(2) as (first, second):
         ended = Ended()
         second.receive(memoryview(bytearray(5)), 0, 3, ended)
         first.send(memoryview(b"four"), 1, 3, ended)
         with pytest.raises((ConfigError, PeerLost), match="rank 0 sends 4 bytes under tag 3 where rank 1 receives 5"):
-            for _ in range(2):
-                ended.next()
+            collect(ended, 2)
 
 
 def test_what_nobody_answers_meets_the_limit() -> None:

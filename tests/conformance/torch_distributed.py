@@ -1,8 +1,8 @@
-"""Run torch's own tests of process groups on a backend: `python tests/conformance/torch_distributed.py lepton -k gather`.
+"""Run torch's own tests of process groups on a backend: `python tests/conformance/torch_distributed.py lepton`.
 
-The tests are those in the torch wheel (torch.testing._internal.distributed.distributed_test), read from its source with
-the backend's name put wherever they ask for Gloo, so that what is left out for Gloo is what is left out here. Those that
-are left out for Gloo only because it came to all-to-all late are run as well.
+The tests are those of the torch wheel (torch.testing._internal.distributed.distributed_test), read from its source with
+the backend's name put where they ask for Gloo: what is left out for Gloo is what is left out here. Those of all-to-all
+on CPUs, which ask for MPI, are run as well.
 
 Prints one line for each test that fails, why others are skipped, and the counts. Takes some minutes.
 """
