@@ -150,11 +150,13 @@ class Post:
 
     def send(self, view: memoryview, to: int, tag: int, done: Done, timeout_s: float | None = None) -> None:
         """Send bytes to one rank. They must not change before `done` is called."""
-        self._post(_Letter(view, to, tag, timeout_s or self.timeout_s, done), self._offer)
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        self._post(_Letter(view, to, tag, limit_s, done), self._offer)
 
     def receive(self, view: memoryview, source: int, tag: int, done: Done, timeout_s: float | None = None) -> None:
         """Receive into `view` what rank `source`, or ANYBODY, sends under `tag`."""
-        self._post(_Letter(view, source, tag, timeout_s or self.timeout_s, done), self._ask)
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        self._post(_Letter(view, source, tag, limit_s, done), self._ask)
 
     def abort(self, reason: str = "aborted") -> None:
         """End what is under way, on all ranks. May be called more than once."""
@@ -367,10 +369,9 @@ class Post:
 
     def _check_time(self) -> None:
         now_s = time.monotonic()
-        overdue = [letter for letter in self._letters if letter.deadline_s <= now_s]
-        if overdue:
-            peers = {letter.peer for letter in overdue}
-            raise late(sorted(self._mesh.links if ANYBODY in peers else peers), overdue[0].limit_s)
+        for letter in self._letters:
+            if letter.deadline_s <= now_s:
+                raise late(sorted(self._mesh.links) if letter.peer == ANYBODY else [letter.peer], letter.limit_s)
 
     # --- ending
 

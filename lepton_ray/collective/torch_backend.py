@@ -42,7 +42,6 @@ Tensor = torch.Tensor
 Options = Any  # a class for each call, defined in C++
 
 _CPU = torch.device("cpu")
-_ROLL_CALL_TAG = 2 << 40  # torch's own tags have 32 bits
 
 _living: WeakSet[ProcessGroup] = WeakSet()
 
@@ -325,16 +324,8 @@ class ProcessGroup(dist.ProcessGroup):
         All of them are named, whatever `wait_all_ranks`. As after any error, the process group has then ended.
         """
         del wait_all_ranks
-        limit_s = (timeout or self._timeout).total_seconds()
-        others = range(1, self._world) if self._rank == 0 else [0]
-
-        def act() -> None:
-            # To rank 0, and back once it has heard of all.
-            for post in (self._post.receive, self._post.send)[:: 1 if self._rank == 0 else -1]:
-                collectives.await_all(
-                    [partial(post, memoryview(b""), peer, _ROLL_CALL_TAG, timeout_s=limit_s) for peer in others]
-                )
-
+        limit_s = (self._timeout if timeout is None else timeout).total_seconds()
+        act = partial(collectives.call_roll, self._post, limit_s)
         self._issue("monitored_barrier", [], [], None, act).wait()
 
     # --- inside

@@ -20,15 +20,19 @@ from lepton_ray.collective.group import Group
 from lepton_ray.collective.post import Done, Post
 from lepton_ray.collective.tensors import flat
 from lepton_ray.collective.torch_input import reduction
-from lepton_ray.errors import ConfigError, LeptonError
+from lepton_ray.errors import ConfigError, LeptonError, WaitTimeout
 
 Tensor = torch.Tensor
+Sides = Sequence[NDArray[np.uint8] | None]
+"""What goes to each rank, or where it goes to that comes from each."""
 
 EXCHANGES = ("gather", "scatter", "all_to_all")
 GATHER, SCATTER, ALL_TO_ALL = range(3)
 
-# Torch's own tags have 32 bits.
-_EXCHANGE_TAG = 1 << 40
+# Torch's own tags have 32 bits, and ours are beyond.
+_EXCHANGE_TAG, _ROLL_CALL_TAG = 1 << 40, 2 << 40
+_NOTHING = memoryview(b"")
+_TOGETHER_BYTES = 16 << 10
 
 
 def allreduce(group: Group, tensor: Tensor, op: dist.ReduceOp) -> None:
@@ -118,19 +122,37 @@ def exchange(
     sends = [None if each is None else _bytes_of(flat(each, is_written=False)[0]) for each in outgoing]
     receives = [None if each is None else flat(each) for each in incoming]
     places = [None if each is None else _bytes_of(each[0]) for each in receives]
-    _agree(group, call, root, sends, places)
-    place, own = places[group.rank], sends[group.rank]
-    if place is not None and own is not None:
-        place[:] = own
-    others = [(group.rank + step) % group.world for step in range(1, group.world)]  # everybody begins with another one
-    messages = [
-        partial(post.receive, memoryview(place), peer) for peer in others if (place := places[peer]) is not None
-    ]
-    messages += [partial(post.send, memoryview(going), peer) for peer in others if (going := sends[peer]) is not None]
-    await_all([partial(message, _EXCHANGE_TAG, timeout_s=group.timeout_s) for message in messages])
+    sizes = _agree(group, call, root, sends, places)
+    if sizes.sum(1).max() <= _TOGETHER_BYTES:
+        _exchange_together(group, sizes, sends, places)
+    else:
+        _exchange_one_by_one(group, post, sends, places)
     for received in receives:
         if received is not None:
             received[1]()
+
+
+def _exchange_together(group: Group, sizes: NDArray[np.int64], sends: Sides, places: Sides) -> None:
+    """Show everything to everybody: of little, that is sooner done than telling each rank its part."""
+    own = np.zeros(sizes.sum(1).max(), np.uint8)
+    starts = sizes.cumsum(1) - sizes
+    for peer, going in enumerate(sends):
+        if going is not None:
+            own[starts[group.rank, peer] :][: going.size] = going
+    rows = group.allgather(own)
+    for peer, place in enumerate(places):
+        if place is not None:
+            place[:] = rows[peer, starts[peer, group.rank] :][: place.size]
+
+
+def _exchange_one_by_one(group: Group, post: Post, sends: Sides, places: Sides) -> None:
+    own, place = sends[group.rank], places[group.rank]
+    if own is not None and place is not None:
+        place[:] = own
+    others = [(group.rank + step) % group.world for step in range(1, group.world)]  # everybody begins with another one
+    messages = [partial(post.receive, memoryview(each), peer) for peer in others if (each := places[peer]) is not None]
+    messages += [partial(post.send, memoryview(each), peer) for peer in others if (each := sends[peer]) is not None]
+    await_all([partial(message, _EXCHANGE_TAG, timeout_s=group.timeout_s) for message in messages])
 
 
 def await_all(messages: Sequence[Callable[[Done], object]]) -> None:
@@ -144,14 +166,35 @@ def await_all(messages: Sequence[Callable[[Done], object]]) -> None:
             raise error
 
 
-def _agree(
-    group: Group,
-    call: int,
-    root: int,
-    sends: Sequence[NDArray[np.uint8] | None],
-    places: Sequence[NDArray[np.uint8] | None],
-) -> None:
-    """Check that all ranks make the same exchange and expect what is sent. Raises ConfigError on every rank if not."""
+def call_roll(post: Post, limit_s: float) -> None:
+    """Return when all ranks have called this. Rank 0 names in its error all that have not."""
+    if post.rank:
+        await_all([partial(post.send, _NOTHING, 0, _ROLL_CALL_TAG, timeout_s=limit_s)])
+        await_all([partial(post.receive, _NOTHING, 0, _ROLL_CALL_TAG, timeout_s=limit_s)])
+        return
+    missing = set(range(1, post.world))
+    others = sorted(missing)
+
+    def hear(peer: int, done: Done) -> None:
+        def heard(error: LeptonError | None, peer: int) -> None:
+            missing.discard(peer if error is None else 0)
+            done(error, peer)
+
+        post.receive(_NOTHING, peer, _ROLL_CALL_TAG, heard, limit_s)
+
+    try:
+        await_all([partial(hear, peer) for peer in others])
+    except WaitTimeout as error:
+        ranks = ", ".join(map(str, sorted(missing)))
+        raise WaitTimeout(f"rank(s) {ranks} did not come to the monitored barrier within {limit_s:g} s") from error
+    await_all([partial(post.send, _NOTHING, peer, _ROLL_CALL_TAG, timeout_s=limit_s) for peer in others])
+
+
+def _agree(group: Group, call: int, root: int, sends: Sides, places: Sides) -> NDArray[np.int64]:
+    """Check that all ranks make the same exchange and expect what is sent. Raises ConfigError on every rank if not.
+
+    Returns the sizes in bytes, by sender and receiver.
+    """
     sizes = [[-1 if each is None else each.nbytes for each in side] for side in (sends, places)]
     rows = group.allgather(np.array([call, root, *sizes[0], *sizes[1]], np.int64))
     sent, expected = rows[:, 2 : 2 + group.world], rows[:, 2 + group.world :]
@@ -166,6 +209,7 @@ def _agree(
             f"{EXCHANGES[call]}: rank {sender} sends {sent[sender, receiver]} bytes to rank {receiver}, which expects "
             f"{expected[receiver, sender]}. Both must name tensors of equal size and dtype."
         )
+    return sent.clip(0)
 
 
 def _average(group: Group, tensor: Tensor, op: dist.ReduceOp) -> None:

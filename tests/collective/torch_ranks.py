@@ -471,9 +471,28 @@ def abort_soon() -> tuple[str, bool, str, float]:
     return fails(work.wait)
 
 
-def call_wrongly(rank_says: list[int]) -> tuple[str, bool, str, float]:
-    """Sum tensors whose sizes the ranks do not agree on."""
-    return fails(lambda: dist.all_reduce(torch.ones(rank_says[dist.get_rank()])))
+def call_wrongly(what: str) -> tuple[str, bool, str, float]:
+    """Make a call that the ranks do not agree on."""
+    rank = dist.get_rank()
+    tensor = torch.ones(6)
+    return fails(
+        {
+            "all_reduce": lambda: dist.all_reduce(torch.ones(5 if rank else 6)),
+            "gather": lambda: dist.gather(tensor, [tensor] * 3 if rank < 2 else None, dst=int(rank == 1)),
+            "all_to_all": lambda: dist.all_to_all_single(tensor[: 6 - rank // 2], tensor, [2, 2, 2 - rank // 2]),
+        }[what]
+    )
+
+
+def wait_shortly(timeout_s: float) -> tuple[str, bool, str, float]:
+    """Give one call a shorter limit than the group has."""
+    options = dist.BarrierOptions()
+    options.timeout = timedelta(seconds=timeout_s)
+    return fails(dist.group.WORLD.barrier(options).wait)
+
+
+def call_the_roll(timeout_s: float) -> tuple[str, bool, str, float]:
+    return fails(lambda: dist.group.WORLD.monitored_barrier(timedelta(seconds=timeout_s)))
 
 
 def inventory() -> tuple[int, int, int]:

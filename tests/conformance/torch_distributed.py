@@ -59,11 +59,11 @@ def adapted() -> types.ModuleType:
     module = types.ModuleType("adapted_distributed_test")
     module.__file__ = spec.origin
     sys.modules[module.__name__] = module
-    exec(compile(text, spec.origin, "exec"), module.__dict__)
+    exec(compile(text, spec.origin, "exec", dont_inherit=True), module.__dict__)  # not our __future__
     return module
 
 
-for feature in ("ddp", "subgroup", "plugin"):
+for feature in ("gpu", "cuda", "ddp", "subgroup", "plugin"):
     DistTestCases.backend_feature[feature].add("lepton")
 tests = adapted()
 
@@ -75,13 +75,22 @@ class Conformance(tests.TestDistBackend, tests.DistributedTest._DistTestBase):  
         self._start_processes(torch.multiprocessing.get_context("fork").Process)
 
 
+# torch.distributed.monitored_barrier refuses every other backend by its name, and these ask for Gloo's very words.
+GLOO_ONLY = "test_monitored_barrier"
+
+
 def main() -> int:
     names = [name for name in unittest.defaultTestLoader.getTestCaseNames(Conformance) if arguments.k in name]
+    if arguments.backend != "gloo":
+        left_out = [name for name in names if name.startswith(GLOO_ONLY)]
+        names = [name for name in names if name not in left_out]
     suite = unittest.TestSuite(Conformance(name) for name in names)
     runner = unittest.TextTestRunner(verbosity=2 if arguments.verbose else 0, stream=sys.stdout)
     result = runner.run(suite)
     for reason, count in Counter(reason for _, reason in result.skipped).most_common():
         print(f"skipped {count:4d}: {reason}")
+    if arguments.backend != "gloo":
+        print(f"left out {len(left_out)}: {GLOO_ONLY}*, which is of Gloo alone")
     failed = sorted(test.id().rpartition(".")[2] for test, _ in result.failures + result.errors)
     for name in failed:
         print(f"FAILED {name}")
