@@ -31,7 +31,7 @@ from lepton_ray.collective import torch_collectives as collectives
 from lepton_ray.collective.post import ANYBODY
 from lepton_ray.collective.tensors import flat
 from lepton_ray.collective.torch_collectives import ALL_TO_ALL, GATHER, SCATTER
-from lepton_ray.collective.torch_input import check, check_parts, check_whole, only, op_of, reduction, split
+from lepton_ray.collective.torch_input import check, check_parts, check_whole, only, reducing, split
 from lepton_ray.collective.torch_store import meet
 from lepton_ray.collective.torch_work import Turns, Work
 from lepton_ray.errors import ConfigError, LeptonError, PeerLost
@@ -161,25 +161,21 @@ class ProcessGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Tensor | Sequence[Tensor], opts: Options = dist.ReduceOp.SUM) -> Work:
         tensor = only("allreduce", tensors)
-        op = op_of(opts)
-        reduction(op, tensor)
+        op = reducing(opts, tensor)
         return self._issue("allreduce", [tensor], [], opts, lambda: collectives.allreduce(self._group, tensor, op))
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Options = dist.ReduceOp.SUM) -> Work:
-        op = op_of(opts)
-        for tensor in tensors:
-            reduction(op, tensor)
+        ops = [reducing(opts, tensor) for tensor in tensors]
 
         def act() -> None:
-            for tensor in tensors:
+            for tensor, op in zip(tensors, ops):
                 collectives.allreduce(self._group, tensor, op)
 
         return self._issue("allreduce_coalesced", tensors, [], opts, act)
 
     def reduce(self, tensors: Sequence[Tensor], opts: Options) -> Work:
         tensor = only("reduce", tensors)
-        op, root = opts.reduceOp, opts.rootRank
-        reduction(op, tensor)
+        op, root = reducing(opts, tensor), opts.rootRank
         return self._issue("reduce", [tensor], [], opts, lambda: collectives.reduce(self._group, tensor, root, op))
 
     def broadcast(self, tensors: Tensor | Sequence[Tensor], opts: Options) -> Work:
@@ -221,9 +217,9 @@ class ProcessGroup(dist.ProcessGroup):
         return self._issue("all_gather_single", outputs, inputs, opts, act)
 
     def reduce_scatter(self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], opts: Options) -> Work:
-        output, parts, op = only("reduce_scatter", outputs), only("reduce_scatter", inputs), opts.reduceOp
+        output, parts = only("reduce_scatter", outputs), only("reduce_scatter", inputs)
+        op = reducing(opts, output)
         check_parts(self._world, "reduce_scatter", parts, output)
-        reduction(op, output)
         return self._issue(
             "reduce_scatter", [output], parts, opts, lambda: collectives.reduce_scatter(self._group, output, parts, op)
         )
@@ -234,13 +230,12 @@ class ProcessGroup(dist.ProcessGroup):
     def reduce_scatter_single_coalesced(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Options
     ) -> Work:
-        op = opts.reduceOp
+        ops = [reducing(opts, output) for output in outputs]
         for output, tensor in zip(outputs, inputs, strict=True):
             check_whole(self._world, "reduce_scatter_single", tensor, output)
-            reduction(op, output)
 
         def act() -> None:
-            for output, tensor in zip(outputs, inputs):
+            for output, tensor, op in zip(outputs, inputs, ops):
                 collectives.reduce_scatter_single(self._group, output, tensor, op)
 
         return self._issue("reduce_scatter_single", outputs, inputs, opts, act)

@@ -12,14 +12,13 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from lepton_ray.collective.calls import Array
 from lepton_ray.collective.group import Group
 from lepton_ray.collective.post import Done, Post
 from lepton_ray.collective.tensors import flat
-from lepton_ray.collective.torch_input import reduction
+from lepton_ray.collective.torch_input import Reducing
 from lepton_ray.errors import ConfigError, LeptonError, WaitTimeout
 
 Tensor = torch.Tensor
@@ -35,13 +34,13 @@ _NOTHING = memoryview(b"")
 _TOGETHER_BYTES = 16 << 10
 
 
-def allreduce(group: Group, tensor: Tensor, op: dist.ReduceOp) -> None:
+def allreduce(group: Group, tensor: Tensor, op: Reducing) -> None:
     if tensor.is_sparse:
         _allreduce_sparse(group, tensor)
-        return
-    array, finish = flat(tensor)
-    group.allreduce(array, reduction(op, tensor))
-    finish()
+    else:
+        array, finish = flat(tensor)
+        group.allreduce(array, op.how)
+        finish()
     _average(group, tensor, op)
 
 
@@ -74,9 +73,9 @@ def _gather_rows(group: Group, tensor: Tensor) -> Tensor:
     return output
 
 
-def reduce(group: Group, tensor: Tensor, root: int, op: dist.ReduceOp) -> None:
+def reduce(group: Group, tensor: Tensor, root: int, op: Reducing) -> None:
     array, finish = flat(tensor, is_written=group.rank == root)
-    group.reduce(array, root, reduction(op, tensor))
+    group.reduce(array, root, op.how)
     finish()
     if group.rank == root:
         _average(group, tensor, op)
@@ -98,17 +97,17 @@ def allgather_single(group: Group, output: Tensor, tensor: Tensor) -> None:
     _fill(output, group.allgather(flat(tensor, is_written=False)[0]).reshape(-1))
 
 
-def reduce_scatter(group: Group, output: Tensor, inputs: Sequence[Tensor], op: dist.ReduceOp) -> None:
+def reduce_scatter(group: Group, output: Tensor, inputs: Sequence[Tensor], op: Reducing) -> None:
     _reduce_scatter(group, output, torch.stack([each.detach() for each in inputs]), op)
 
 
-def reduce_scatter_single(group: Group, output: Tensor, tensor: Tensor, op: dist.ReduceOp) -> None:
+def reduce_scatter_single(group: Group, output: Tensor, tensor: Tensor, op: Reducing) -> None:
     _reduce_scatter(group, output, tensor.detach().clone(), op)
 
 
-def _reduce_scatter(group: Group, output: Tensor, joined: Tensor, op: dist.ReduceOp) -> None:
+def _reduce_scatter(group: Group, output: Tensor, joined: Tensor, op: Reducing) -> None:
     """Reduce within `joined`, which is left in pieces."""
-    _fill(output, group.reducescatter(flat(joined)[0], reduction(op, joined)))
+    _fill(output, group.reducescatter(flat(joined)[0], op.how))
     _average(group, output, op)
 
 
@@ -212,8 +211,8 @@ def _agree(group: Group, call: int, root: int, sends: Sides, places: Sides) -> N
     return sent.clip(0)
 
 
-def _average(group: Group, tensor: Tensor, op: dist.ReduceOp) -> None:
-    if op == dist.ReduceOp.AVG:
+def _average(group: Group, tensor: Tensor, op: Reducing) -> None:
+    if op.is_mean:
         tensor.detach().div_(group.world)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,22 +27,35 @@ _REDUCTIONS = {
 }
 
 
-def reduction(op: dist.ReduceOp, tensor: Tensor) -> Reduction:
-    """Return our name of torch's reduction. Of AVG it is the sum, to be divided."""
+class Reducing(NamedTuple):
+    """What a reduction of torch is here."""
+
+    how: Reduction
+    """For the arrays of tensors of one dtype."""
+    is_mean: bool
+    """Whether the result, a sum, is to be divided."""
+
+
+def reducing(opts: Any, tensor: Tensor) -> Reducing:
+    """Read a reduction, given as options or in their place. Raises ConfigError if there is none for this tensor."""
+    return _reducing(getattr(opts, "reduceOp", opts), tensor.dtype, tensor.layout)
+
+
+@cache  # it takes as long as a small sum
+def _reducing(op: dist.ReduceOp, dtype: torch.dtype, layout: torch.layout) -> Reducing:
     plain = next((ours for theirs, ours in _REDUCTIONS.items() if op == theirs), None)
     if plain is None:
         names = ", ".join(theirs.name for theirs in _REDUCTIONS)
         raise ConfigError(f"the backend lepton got op={op}: expected one of {names}.")
-    if op == dist.ReduceOp.AVG and not (tensor.is_floating_point() or tensor.is_complex()):
-        raise ConfigError(f"the backend lepton got op=AVG for {tensor.dtype}: expected floats. Use SUM, and divide.")
-    if tensor.layout == torch.sparse_coo and op != dist.ReduceOp.SUM:
-        raise ConfigError(f"the backend lepton got op={op} for a sparse tensor: expected SUM. Use tensor.to_dense().")
-    return reduction_of(plain, tensor.dtype)
-
-
-def op_of(opts: Any) -> dist.ReduceOp:
-    """Return the reduction of options, or what was given in their place."""
-    return getattr(opts, "reduceOp", opts)
+    is_mean = op == dist.ReduceOp.AVG
+    if is_mean and not (dtype.is_floating_point or dtype.is_complex):
+        raise ConfigError(f"the backend lepton got op=AVG for {dtype}: expected floats. Use SUM, and divide.")
+    if layout == torch.sparse_coo and plain != SUM:
+        raise ConfigError(
+            f"the backend lepton got op={plain.name.upper()} for a sparse tensor: expected SUM or AVG. "
+            "Use tensor.to_dense()."
+        )
+    return Reducing(reduction_of(plain, dtype), is_mean)
 
 
 def only(call: str, those: Any) -> Any:

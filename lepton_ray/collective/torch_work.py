@@ -17,6 +17,8 @@ from torch.futures import Future
 
 from lepton_ray.errors import PeerLost, WaitTimeout
 
+_asking = threading.Lock()  # for futures: held for moments, so one serves all works
+
 
 class TorchPeerLost(PeerLost, dist.DistNetworkError):
     """A `PeerLost` that is also what torch's own backends raise, a RuntimeError: programs catch that."""
@@ -34,25 +36,27 @@ class Work(dist.Work):
         super().__init__()
         self._name, self._tensors = name, list(tensors)
         self._error: BaseException | None = None
-        self._source = -1
-        self._is_done = threading.Event()
+        self._source, self._is_done = -1, False
+        self._ending = threading.Lock()  # until it is done. An Event takes several times as long to make
+        self._ending.acquire()
         self._begun: Future[None] | None = None
         self._future: Future[list[torch.Tensor]] | None = None
-        self._asking = threading.Lock()
 
     def finish(self, error: BaseException | None = None, source: int = -1) -> None:
         """Say how it ended. source: the rank that a message came from."""
         self._error, self._source = _as_torch_has_it(error), source
-        with self._asking:
-            self._is_done.set()
-            begun = self._begun
+        with _asking:
+            self._is_done, begun = True, self._begun
+        self._ending.release()
         if begun is not None:
             begun.set_result(None)
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Return when it is done; raise what went wrong. timeout: 0 is for ever; the group's own limit holds anyway."""
-        if not self._is_done.wait(timeout.total_seconds() or None):
-            raise TorchWaitTimeout(f"{self._name} is not done after the timeout of {timeout.total_seconds():g} s")
+        if not self._is_done:
+            if not self._ending.acquire(timeout=timeout.total_seconds() or -1):
+                raise TorchWaitTimeout(f"{self._name} is not done after the timeout of {timeout.total_seconds():g} s")
+            self._ending.release()
         if self._error is not None:
             raise self._error
         return True
@@ -61,10 +65,10 @@ class Work(dist.Work):
         self.wait()
 
     def is_completed(self) -> bool:
-        return self._is_done.is_set()
+        return self._is_done
 
     def is_success(self) -> bool:
-        return self._is_done.is_set() and self._error is None
+        return self._is_done and self._error is None
 
     def exception(self) -> BaseException | None:
         return self._error
@@ -84,11 +88,11 @@ class Work(dist.Work):
         It is raised by a callback, since an error that is set on a future of Python is a plain value to C++, where
         DDP waits for it (torch 2.13).
         """
-        with self._asking:
+        with _asking:
             if self._future is None:
                 self._begun = Future()
                 self._future = self._begun.then(self._outcome)
-                if self._is_done.is_set():
+                if self._is_done:
                     self._begun.set_result(None)
             return self._future
 
