@@ -34,7 +34,7 @@ from lepton_ray.collective.torch_collectives import ALL_TO_ALL, GATHER, SCATTER
 from lepton_ray.collective.torch_input import check, check_parts, check_whole, only, reducing, split
 from lepton_ray.collective.torch_store import meet
 from lepton_ray.collective.torch_work import Turns, Work
-from lepton_ray.errors import ConfigError, LeptonError, PeerLost
+from lepton_ray.errors import ConfigError, PeerLost
 
 BACKEND = "lepton"
 
@@ -60,7 +60,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._store, self._rank, self._world, self._timeout = store, rank, world, timeout
         self._group, self._post = meet(store, rank, world, timeout.total_seconds(), self._end)
         self._turns = Turns()
-        self._name, self._description = "", ""
+        self._name, self._description, self._issued = "", "", 0
         self._pid = os.getpid()
         _living.add(self)
 
@@ -107,6 +107,12 @@ class ProcessGroup(dist.ProcessGroup):
 
     def get_group_store(self) -> dist.Store:
         return self._store
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Do nothing: each group counts from 0 anyway."""
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._issued
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Change how long operations wait without progress from now on."""
@@ -302,9 +308,12 @@ class ProcessGroup(dist.ProcessGroup):
         array, finish = flat(tensor, is_written=call == "recv")
         work = Work(call, [tensor])
 
-        def done(error: LeptonError | None, source: int) -> None:
+        def done(error: Exception | None, source: int) -> None:
             if error is None:
-                finish()
+                try:
+                    finish()
+                except RuntimeError as failure:  # the tensor is not what it was
+                    error = failure
             work.finish(error, source)
 
         try:
@@ -336,6 +345,7 @@ class ProcessGroup(dist.ProcessGroup):
         for tensor in chain(written, read):
             check(call, tensor)
         work = Work(call, written)
+        self._issued += 1
         limit = getattr(opts, "timeout", None)
         limit_s = limit.total_seconds() if isinstance(limit, timedelta) else 0
 

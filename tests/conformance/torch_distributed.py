@@ -10,6 +10,7 @@ Prints one line for each test that fails, why others are skipped, and the counts
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -32,6 +33,8 @@ os.environ["WORLD_SIZE"] = str(arguments.world)
 os.environ["TEMP_DIR"] = tempfile.mkdtemp()
 os.environ["INIT_METHOD"] = f"file://{os.environ['TEMP_DIR']}/shared_init_file"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # says nothing but errors
+logging.disable(logging.WARNING)
 
 import torch  # noqa: E402
 import torch.multiprocessing  # noqa: E402
