@@ -10,10 +10,10 @@ BENCHMARKS := first_step throughput checkpoint_stall report_cost memory allreduc
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # all targets share .venv, and tests measure time
-.PHONY: help demo test check lint format bench clean
+.PHONY: help demo test check lint format bench conformance clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## train a small network on handwritten digits with 2 workers
 	$(BIN)/python jobs/train_digits.py --workers 2
@@ -36,6 +36,11 @@ format: $(VENV)/.dev ## format the code and repair what ruff can
 
 bench: $(VENV)/.dev ## run all benchmarks, one JSON line each
 	@for name in $(BENCHMARKS); do echo "$$name"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done
+
+conformance: $(VENV)/.dev ## run torch's own tests of process groups on our backend and on Gloo (some minutes)
+	$(INSTALL) expecttest # of torch's tests
+	$(BIN)/python tests/conformance/torch_distributed.py lepton
+	-$(BIN)/python tests/conformance/torch_distributed.py gloo # for comparison: it fails some
 
 clean: ## remove .venv and everything that tools left behind
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache ./*.egg-info

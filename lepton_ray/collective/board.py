@@ -53,7 +53,7 @@ class Board:
         timeout_s: longest wait without progress. watch: raises PeerLost when a connection broke. names: what errors
         call the ranks.
         """
-        self._rank, self._timeout_s, self._watch = rank, timeout_s, watch
+        self._rank, self.timeout_s, self._watch = rank, timeout_s, watch
         self._names = names or range(len(segments))
         self._words = [memoryview(segment.map)[:WORDS_BYTES].cast("q") for segment in segments]
         self._addresses = [segment.address + 8 * _ROUND for segment in segments]
@@ -145,7 +145,7 @@ class Board:
             if self._own[_SLEEPERS]:  # fell asleep unseen just before
                 self._own[_SLEEPERS] = 0
                 memory.wake(self._own_address)
-            memory.sleep_while(self._addresses[peer], now & 0xFFFFFFFF, min(_TICK_S, self._timeout_s))
+            memory.sleep_while(self._addresses[peer], now & 0xFFFFFFFF, min(_TICK_S, self.timeout_s))
             if words[_ROUND] >= goal:
                 return
             self.check()
@@ -155,8 +155,8 @@ class Board:
             if now_s - looked_s >= _TICK_S / 2:
                 looked_s = now_s
                 self._look(peer, words, goal)
-            if now_s - moved_s >= self._timeout_s:
-                raise late([self._names[peer]], self._timeout_s)
+            if now_s - moved_s >= self.timeout_s:
+                raise late([self._names[peer]], self.timeout_s)
 
     def _look(self, peer: int, words: memoryview, goal: int) -> None:
         """Raise PeerLost if the group cannot go on."""

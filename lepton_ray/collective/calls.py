@@ -30,7 +30,10 @@ SUM = Reduction("sum", 1, np.add)
 PRODUCT = Reduction("product", 2, np.multiply)
 MIN = Reduction("min", 3, np.minimum)
 MAX = Reduction("max", 4, np.maximum)
-_REDUCTION_NAMES = ("", SUM.name, PRODUCT.name, MIN.name, MAX.name)
+BAND = Reduction("band", 5, np.bitwise_and)
+BOR = Reduction("bor", 6, np.bitwise_or)
+BXOR = Reduction("bxor", 7, np.bitwise_xor)
+_REDUCTION_NAMES = ("", *(each.name for each in (SUM, PRODUCT, MIN, MAX, BAND, BOR, BXOR)))
 
 _WIRES = tuple(wire.value for wire in Wire)
 

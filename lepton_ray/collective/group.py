@@ -110,6 +110,11 @@ class Group(Ring):
             return f"{size_bytes} bytes between {self.world} ranks of one node: {self.transport}"
         return explain(choose(size_bytes, self._across.counts, self._speeds))
 
+    def limit(self, timeout_s: float) -> None:
+        super().limit(timeout_s)
+        if self._memory is not None:
+            self._memory.board.timeout_s = timeout_s
+
     def empty(self, shape: int | Sequence[int], dtype: DTypeLike = np.float32) -> Array:
         """Make an array, in the group's memory where it has one. Its values are undefined.
 
@@ -118,10 +123,9 @@ class Group(Ring):
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         dtype = np.dtype(dtype)
-        shared = self._shared if self._across is None else self._across.shared
-        if shared is None:
+        if self._memory is None:
             return np.empty(shape, dtype)
-        return shared.holdings.empty(prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        return self._memory.holdings.empty(prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
     def allreduce(
         self, array: Array, op: Reduction = SUM, wire: str = Wire.FP32.value, feedback: Feedback | None = None
@@ -199,7 +203,11 @@ class Group(Ring):
                 self._across.barrier(header)
 
     def _say_goodbye(self) -> None:
-        shared = self._shared if self._across is None else self._across.shared
-        if shared is not None:
-            shared.board.leave()
+        if self._memory is not None:
+            self._memory.board.leave()
         super()._say_goodbye()
+
+    @property
+    def _memory(self) -> SharedMemory | None:
+        """What is shared with other ranks of this node."""
+        return self._shared if self._across is None else self._across.shared

@@ -31,6 +31,7 @@ from ray.util.collective.types import ReduceOp
 
 from lepton_ray.collective.calls import MAX, MIN, PRODUCT, SUM, Array, Reduction
 from lepton_ray.collective.group import Group
+from lepton_ray.collective.tensors import flat, reduction_of
 from lepton_ray.collective.wire import Feedback
 from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout
 from lepton_ray.plan.transport import Wire
@@ -41,9 +42,6 @@ _POLL_S = 0.002  # the key-value store has no way to wait for a key
 
 Tensor = Any  # torch.Tensor or np.ndarray, as Ray's API hands it over
 Options = Any  # Ray hands over an instance, its class, or nothing
-
-# numpy has no bfloat16. As an opaque two-byte type it passes through a group, which never looks inside.
-_BFLOAT16 = np.dtype([("bfloat16", "<i2")])
 
 _forming_or_formed: WeakValueDictionary[str, LeptonGroup] = WeakValueDictionary()
 
@@ -85,7 +83,7 @@ def allreduce(group_name: str, tensor: Tensor, wire: str = Wire.FP32.value, feed
     wire, feedback: as `Group.allreduce`.
     """
     array, finish = _flat(tensor)
-    _forming_or_formed[group_name].formed.allreduce(array, _HALF.get((tensor.dtype, ReduceOp.SUM), SUM), wire, feedback)
+    _forming_or_formed[group_name].formed.allreduce(array, reduction_of(SUM, tensor.dtype), wire, feedback)
     finish()
 
 
@@ -260,13 +258,7 @@ def _flat(tensor: Tensor, *, is_written: bool = True) -> tuple[Array, Callable[[
     Returns the array, and what brings a result in it back to the tensor.
     """
     if isinstance(tensor, torch.Tensor):
-        if tensor.layout != torch.strided:
-            raise ConfigError(f"the collective got a {tensor.layout} tensor. Use tensor.to_dense().")
-        source = tensor.detach()
-        if source.is_cpu and source.is_contiguous() and not source.is_conj() and not source.is_neg():
-            return _as_array(source), _nothing
-        host = source.cpu().resolve_conj().resolve_neg().contiguous()
-        return _as_array(host), (lambda: source.copy_(host)) if is_written else _nothing
+        return flat(tensor, is_written=is_written)
     if isinstance(tensor, np.ndarray):
         if is_written and not tensor.flags.writeable:
             raise ConfigError(
@@ -280,12 +272,6 @@ def _flat(tensor: Tensor, *, is_written: bool = True) -> tuple[Array, Callable[[
     raise ConfigError(f"the collective got a {type(tensor).__name__}: expected a torch tensor or a numpy array.")
 
 
-def _as_array(host: torch.Tensor) -> Array:
-    if host.dtype == torch.bfloat16:
-        return host.reshape(-1).view(torch.int16).numpy().view(_BFLOAT16)
-    return host.numpy().reshape(-1)
-
-
 def _nothing() -> None:
     """Bring nothing back: the result is where it belongs."""
 
@@ -294,28 +280,7 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _in_torch(dtype: torch.dtype, plain: Reduction, apply: Callable[..., object]) -> Reduction:
-    """Reduce two-byte floats with torch: numpy knows one of them not at all and the other without SIMD."""
-
-    def reduce(first: Array, second: Array, out: Array) -> None:
-        views = (torch.from_numpy(each.view(np.int16)).view(dtype) for each in (first, second))
-        apply(*views, out=torch.from_numpy(out.view(np.int16)).view(dtype))
-
-    return Reduction(plain.name, plain.code, reduce)
-
-
 _PLAIN = {ReduceOp.SUM: SUM, ReduceOp.PRODUCT: PRODUCT, ReduceOp.MIN: MIN, ReduceOp.MAX: MAX}
-_TORCH: dict[Reduction, Callable[..., object]] = {
-    SUM: torch.add,
-    PRODUCT: torch.mul,
-    MIN: torch.minimum,
-    MAX: torch.maximum,
-}
-_HALF = {
-    (dtype, op): _in_torch(dtype, plain, _TORCH[plain])
-    for dtype in (torch.float16, torch.bfloat16)
-    for op, plain in _PLAIN.items()
-}
 
 
 def _reduction(tensor: Tensor, options: Options) -> Reduction:
@@ -324,8 +289,8 @@ def _reduction(tensor: Tensor, options: Options) -> Reduction:
     op = options.reduceOp if options is not None else ReduceOp.SUM
     if op not in _PLAIN:
         raise ConfigError(f"the collective got op={op!r}: expected one of {', '.join(each.name for each in _PLAIN)}.")
-    dtype = tensor.dtype
-    is_complex = dtype.is_complex if isinstance(dtype, torch.dtype) else dtype.kind == "c"
-    if is_complex and op in (ReduceOp.MIN, ReduceOp.MAX):
-        raise ConfigError(f"the collective got op={op.name} for {dtype}: complex numbers have no order.")
-    return _HALF.get((dtype, op), _PLAIN[op])
+    if isinstance(tensor, torch.Tensor):
+        return reduction_of(_PLAIN[op], tensor.dtype)
+    if tensor.dtype.kind == "c" and op in (ReduceOp.MIN, ReduceOp.MAX):
+        raise ConfigError(f"the collective got op={op.name} for {tensor.dtype}: complex numbers have no order.")
+    return _PLAIN[op]

@@ -75,13 +75,22 @@ class Ring:
             raise ConfigError(f"Ring(rank={rank}, world={world}): expected 0 <= rank < world.")
         if timeout_s <= 0:
             raise ConfigError(f"Ring(timeout_s={timeout_s}): expected seconds > 0.")
-        self.rank, self.world, self.timeout_s = rank, world, timeout_s
+        self.rank, self.world = rank, world
         self._mesh = Mesh(rank, world, secret, host, timeout_s)
         self._row = Row(self._mesh, range(world), self._expect)
         self._scratch = np.empty(0, np.uint8)
         self._calls = 0
         self._sent, self._received = [0] * world, [0] * world
         self._operating = threading.Lock()
+
+    @property
+    def timeout_s(self) -> float:
+        """Longest wait without progress."""
+        return self._mesh.timeout_s
+
+    def limit(self, timeout_s: float) -> None:
+        """Change the longest wait without progress. Not while an operation runs."""
+        self._mesh.timeout_s = timeout_s
 
     def form(self, exchange: Exchange) -> None:
         """Connect to all peers. Apart from the constructor, so that another thread can abort a formation.

@@ -27,12 +27,18 @@ class Member:
     """One process."""
 
     def __init__(self) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        self.pid = self._start(theirs)
+        theirs.close()
+
+    def _start(self, pipe: Connection) -> int:
+        """Start a process that serves a connection; return its id."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=serve, args=(pipe,), daemon=True)
         self.process.start()
-        theirs.close()
+        assert self.process.pid is not None
+        return self.process.pid
 
     def tell(self, function: Callable[..., Any], *args: Any) -> None:
         """Let the process call function(*args); `result` gives what it returns."""
@@ -53,8 +59,7 @@ class Member:
         return value
 
     def kill(self, how: int = signal.SIGKILL) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, how)
+        os.kill(self.pid, how)
 
     def close(self) -> None:
         self.process.kill()
@@ -147,12 +152,13 @@ def _join(pipe: Connection, name: str, rank: int, world: int, timeout_s: float, 
         addresses: Sequence[bytes] = pipe.recv()
         return addresses
 
-    group = Group(rank, world, secret=SECRET, timeout_s=timeout_s, node=node)
+    group = Group(rank, world, secret=SECRET, node=node)
     group.form(exchange)
+    group.limit(timeout_s)
     GROUPS[name] = group
 
 
-def _serve(pipe: Connection) -> None:
+def serve(pipe: Connection) -> None:
     while True:
         try:
             function, args = pipe.recv()

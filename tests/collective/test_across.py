@@ -343,10 +343,10 @@ def sum_slowly(step_s: float) -> tuple[float, float]:
 
 
 def test_who_waits_for_a_rank_that_works_on_does_not_run_out_of_time(pool: list[Member]) -> None:
-    form(pool[:3], timeout_s=0.4, nodes="aab")
-    for took_s, value in together(pool[:3], sum_slowly, 0.02):
+    form(pool[:3], timeout_s=1, nodes="aab")
+    for took_s, value in together(pool[:3], sum_slowly, 0.05):
         assert value == 3
-        assert took_s > 0.5
+        assert took_s > 1.1
 
 
 @pytest.mark.slow

@@ -366,7 +366,8 @@ class threads:
     """A group whose ranks are threads of this process; memory is shared just the same."""
 
     def __init__(self, world: int, timeout_s: float = 10) -> None:
-        self.groups = [Group(rank, world, secret=there.SECRET, timeout_s=timeout_s) for rank in range(world)]
+        self.groups = [Group(rank, world, secret=there.SECRET) for rank in range(world)]
+        self._timeout_s = timeout_s
 
     def __enter__(self) -> list[Group]:
         addresses, barrier = [b""] * len(self.groups), threading.Barrier(len(self.groups), timeout=10)
@@ -378,6 +379,7 @@ class threads:
                 return addresses
 
             group.form(exchange)
+            group.limit(self._timeout_s)
 
         assert play(self.groups, join) == [None] * len(self.groups)
         return self.groups

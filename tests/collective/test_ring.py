@@ -86,10 +86,10 @@ def play(rings: Sequence[Ring], act: Callable[[Ring], Any]) -> list[Any]:
 def group(world: int, timeout_s: float = 10, kind: type[Ring] = Ring) -> Iterator[list[Ring]]:
     meeting = Meeting(world)
     with ExitStack() as stack:
-        rings = [
-            stack.enter_context(closing(kind(rank, world, secret=SECRET, timeout_s=timeout_s))) for rank in range(world)
-        ]
+        rings = [stack.enter_context(closing(kind(rank, world, secret=SECRET))) for rank in range(world)]
         assert play(rings, lambda ring: ring.form(meeting.of(ring.rank))) == [None] * world
+        for ring in rings:
+            ring.limit(timeout_s)
         yield rings
 
 
@@ -382,7 +382,7 @@ def test_importing_the_package_loads_neither_ray_nor_torch() -> None:
 
 def _member(rank: int, world: int, pipe: Connection, timeout_s: float) -> None:
     """Sum for ever; report what ended it."""
-    ring = Ring(rank, world, secret=SECRET, timeout_s=timeout_s)
+    ring = Ring(rank, world, secret=SECRET)
 
     def exchange(address: bytes) -> Sequence[bytes]:
         pipe.send(address)
@@ -390,6 +390,7 @@ def _member(rank: int, world: int, pipe: Connection, timeout_s: float) -> None:
         return addresses
 
     ring.form(exchange)
+    ring.limit(timeout_s)
     array = np.ones(1_000_000, np.float32)
     ring.allreduce(array)
     pipe.send("summing")

@@ -1,0 +1,81 @@
+"""Show torch tensors to a group as the flat arrays that it moves, and reduce what numpy cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from lepton_ray.collective.calls import BAND, BOR, BXOR, MAX, MIN, PRODUCT, SUM, Array, Reduction
+from lepton_ray.errors import ConfigError
+
+# numpy has no bfloat16. As an opaque two-byte type it passes through a group, which never looks inside.
+_BFLOAT16 = np.dtype([("bfloat16", "<i2")])
+
+
+def flat(tensor: torch.Tensor, *, is_written: bool = True) -> tuple[Array, Callable[[], object]]:
+    """Show a tensor as a 1-D array, in place if it is contiguous and in host memory, otherwise as a copy.
+
+    Returns the array, and what brings a result in it back to the tensor.
+    """
+    if tensor.layout != torch.strided:
+        raise ConfigError(f"the collective got a {tensor.layout} tensor. Use tensor.to_dense().")
+    source = tensor.detach()
+    if source.is_cpu and source.is_contiguous() and not source.is_conj() and not source.is_neg():
+        return _as_array(source), _nothing
+    host = source.cpu().resolve_conj().resolve_neg().contiguous()
+    return _as_array(host), (lambda: source.copy_(host)) if is_written else _nothing
+
+
+def reduction_of(plain: Reduction, dtype: torch.dtype) -> Reduction:
+    """Return the reduction for arrays that `flat` made of tensors of this dtype. Raises ConfigError if it has none."""
+    if dtype.is_complex and plain in (MIN, MAX):
+        raise ConfigError(f"the collective got op={plain.name.upper()} for {dtype}: complex numbers have no order.")
+    if _is_tiny_float(dtype):
+        raise ConfigError(
+            f"the collective got op={plain.name.upper()} for {dtype}, which it only moves. Use tensor.float()."
+        )
+    if plain in (BAND, BOR, BXOR) and (dtype.is_floating_point or dtype.is_complex):
+        raise ConfigError(f"the collective got op={plain.name.upper()} for {dtype}: only integers and bool have bits.")
+    return _HALF.get((dtype, plain), plain)
+
+
+def _as_array(host: torch.Tensor) -> Array:
+    if host.dtype == torch.bfloat16:
+        return host.reshape(-1).view(torch.int16).numpy().view(_BFLOAT16)
+    if _is_tiny_float(host.dtype):
+        return host.reshape(-1).view(torch.uint8).numpy()
+    return host.numpy().reshape(-1)
+
+
+def _is_tiny_float(dtype: torch.dtype) -> bool:
+    """Tell the one-byte floats, which numpy does not know. They travel, and are not reduced."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def _nothing() -> None:
+    """Bring nothing back: the result is where it belongs."""
+
+
+def _in_torch(dtype: torch.dtype, plain: Reduction, apply: Callable[..., object]) -> Reduction:
+    """Reduce two-byte floats with torch: numpy knows one of them not at all and the other without SIMD."""
+
+    def reduce(first: Array, second: Array, out: Array) -> None:
+        views = (torch.from_numpy(each.view(np.int16)).view(dtype) for each in (first, second))
+        apply(*views, out=torch.from_numpy(out.view(np.int16)).view(dtype))
+
+    return Reduction(plain.name, plain.code, reduce)
+
+
+_TORCH: dict[Reduction, Callable[..., object]] = {
+    SUM: torch.add,
+    PRODUCT: torch.mul,
+    MIN: torch.minimum,
+    MAX: torch.maximum,
+}
+_HALF = {
+    (dtype, plain): _in_torch(dtype, plain, apply)
+    for dtype in (torch.float16, torch.bfloat16)
+    for plain, apply in _TORCH.items()
+}
