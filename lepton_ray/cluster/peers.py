@@ -6,6 +6,7 @@ import ray.util.collective as collective
 import torch
 
 from lepton_ray.collective import ray_group
+from lepton_ray.errors import ConfigError
 
 
 class RayPeers:
@@ -18,7 +19,9 @@ class RayPeers:
             ray_group.register(timeout_s=timeout_s)
             collective.init_collective_group(world, rank, backend=ray_group.BACKEND, group_name=group)  # type: ignore[arg-type]
 
-    def allreduce(self, tensor: torch.Tensor) -> None:
+    def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
+        if wire != "fp32":
+            raise ConfigError(f"wire={wire!r}: workers can only send fp32 for now. Leave wire alone.")
         if self.world > 1:
             collective.allreduce(tensor, group_name=self._group)
 

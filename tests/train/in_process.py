@@ -33,7 +33,8 @@ class ThreadPeers:
     def __init__(self, group: Group) -> None:
         self.rank, self.world, self.calls, self._group = group.rank, group.world, 0, group
 
-    def allreduce(self, tensor: torch.Tensor) -> None:
+    def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
+        assert wire == "fp32"
         self.calls += 1
         self._group.allreduce(tensor.detach().view(-1).numpy())
 
