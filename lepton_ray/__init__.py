@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from lepton_ray.config import Batch as Batch
     from lepton_ray.config import Checkpoints as Checkpoints
     from lepton_ray.config import Faults as Faults
+    from lepton_ray.config import OuterSGD as OuterSGD
     from lepton_ray.config import Parallel as Parallel
     from lepton_ray.config import Resources as Resources
+    from lepton_ray.config import Sync as Sync
     from lepton_ray.errors import CheckpointError as CheckpointError
     from lepton_ray.errors import ConfigError as ConfigError
     from lepton_ray.errors import LeptonError as LeptonError
@@ -35,7 +37,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "callbacks": ("Callback", "EarlyStopping", "TensorBoard"),
-    "config": ("Batch", "Checkpoints", "Faults", "Parallel", "Resources"),
+    "config": ("Batch", "Checkpoints", "Faults", "OuterSGD", "Parallel", "Resources", "Sync"),
     "errors": (
         "CheckpointError",
         "ConfigError",

@@ -13,6 +13,8 @@ from lepton_ray.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "fp16")
+Wire = Literal["fp32", "bf16", "int8", "auto"]
+WIRES: tuple[str, ...] = ("fp32", "bf16", "int8", "auto")
 
 
 def _positive(owner: str, name: str, value: float, *, least: float = 1) -> None:
@@ -129,6 +131,102 @@ class Checkpoints:
             raise ConfigError(f"Checkpoints(best_mode={self.best_mode!r}): expected 'auto', 'min' or 'max'.")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OuterSGD:
+    """How the mean progress of the workers moves the weights that they share, as torch's SGD moves by a gradient.
+
+    Source: DiLoCo (Douillard et al., 2023), whose values are the defaults.
+    """
+
+    lr: float = 0.7
+    """Step size: 1.0 without momentum sets the shared weights to the mean of the workers'."""
+    momentum: float = 0.9
+    """Part of the earlier progress that is kept, from 0 to below 1."""
+    nesterov: bool = True
+    """Nesterov's form of the momentum."""
+
+    def __post_init__(self) -> None:
+        _positive("OuterSGD", "lr", self.lr, least=0)
+        _positive("OuterSGD", "momentum", self.momentum, least=0)
+        if not 0 < self.lr < math.inf or self.momentum >= 1:
+            raise ConfigError(
+                f"OuterSGD(lr={self.lr!r}, momentum={self.momentum!r}): expected an lr above 0 and a momentum below 1."
+            )
+        if not isinstance(self.nesterov, bool):
+            raise ConfigError(f"OuterSGD(nesterov={self.nesterov!r}): expected True or False.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sync:
+    """When the workers add up what they learnt, and in which number format it travels.
+
+    Made by `Sync.every_step` or `Sync.local`.
+    """
+
+    steps: int | None = None
+    """Steps that each worker does by itself between two exchanges of a weight. None: gradients are summed each step."""
+    outer: OuterSGD = OuterSGD()
+    """What is done with the progress of local steps."""
+    fragments: int = 1
+    """Parts of the weights that are exchanged in turns, spread over `steps`."""
+    delay: int = 0
+    """Local steps during which an exchange goes on in the background."""
+    wire: Wire = "fp32"
+    """Number format of gradients or progress between workers. "auto": a shorter one where the link is slow."""
+
+    @classmethod
+    def every_step(cls, wire: Wire = "fp32") -> Sync:
+        """Sum the gradients in every step."""
+        return cls(wire=wire)
+
+    @classmethod
+    def local(
+        cls,
+        *,
+        steps: int,
+        outer: OuterSGD = OuterSGD(),
+        fragments: int = 1,
+        delay: int | None = None,
+        wire: Wire = "fp32",
+    ) -> Sync:
+        """Let workers train by themselves, and exchange what they learnt every `steps` steps.
+
+        delay: None for a tenth of the steps between two exchanges.
+        """
+        _whole("Sync.local", "steps", steps)
+        _whole("Sync.local", "fragments", fragments)
+        chosen = steps // fragments // 10 if delay is None else delay
+        return cls(steps=steps, outer=outer, fragments=fragments, delay=chosen, wire=wire)
+
+    def __post_init__(self) -> None:
+        if self.wire not in WIRES:
+            raise ConfigError(f"Sync(wire={self.wire!r}): expected one of {', '.join(WIRES)}.")
+        if not isinstance(self.outer, OuterSGD):
+            raise ConfigError(f"Sync(outer={self.outer!r}): expected an OuterSGD(...).")
+        _whole("Sync", "fragments", self.fragments)
+        if self.steps is None:
+            if (self.outer, self.fragments, self.delay) != (OuterSGD(), 1, 0):
+                raise ConfigError(f"{self} has settings of local steps, but no steps. Use Sync.local(steps=...).")
+            return
+        _whole("Sync.local", "steps", self.steps)
+        if self.fragments > self.steps:
+            raise ConfigError(
+                f"Sync.local(steps={self.steps}, fragments={self.fragments}): no more than one fragment leaves after a "
+                f"step. Use at most {self.steps} fragments."
+            )
+        longest = self.steps // self.fragments - 1
+        if isinstance(self.delay, bool) or not isinstance(self.delay, int) or not 0 <= self.delay <= longest:
+            raise ConfigError(
+                f"Sync.local(steps={self.steps}, fragments={self.fragments}, delay={self.delay!r}): an exchange must "
+                f"end before the next begins. Expected a whole number from 0 to {longest}."
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Workers train by themselves for some steps."""
+        return self.steps is not None
+
+
 def is_larger_better(metric: str, mode: Literal["auto", "min", "max"]) -> bool:
     """Tell which way a metric is to go. "auto": up for accuracy, auc, f1 and top-k by name, down for all else."""
     is_rising = any(word in metric.lower() for word in ("accuracy", "auc", "f1", "top"))
@@ -145,6 +243,8 @@ def check(
     parallel: Parallel,
     seed: int,
     validate_every: int | None,
+    sync: Sync,
+    reproducible: bool,
 ) -> Batch:
     """Check what concerns several options at once; return the batch with its microbatches filled in.
 
@@ -167,6 +267,12 @@ def check(
             f"Parallel(pipeline={parallel.pipeline}, tensor={parallel.tensor}, shard={parallel.shard}) asks for "
             f"replicas of {size} workers; this version trains replicas of one worker (data parallelism). "
             "Use Parallel()."
+        )
+    if reproducible and (sync.is_local or sync.wire != "fp32"):
+        found = f"Sync.local(steps={sync.steps})" if sync.is_local else f"Sync.every_step(wire={sync.wire!r})"
+        raise ConfigError(
+            f"reproducible=True promises the weights of steps together in full precision; sync={found} gives "
+            "others. Use Sync.every_step(), or leave reproducible alone."
         )
     microbatches = batch.microbatches or num_workers
     if batch.samples < microbatches:

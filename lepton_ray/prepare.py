@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lepton_ray.callbacks import EarlyStopping
-from lepton_ray.config import Batch, Checkpoints, Parallel, check
+from lepton_ray.config import Batch, Checkpoints, Parallel, Sync, check
 from lepton_ray.data.arrays import ArraySource
 from lepton_ray.data.batch import split_target
 from lepton_ray.data.sources import Source, Stream, describe, label_range
@@ -56,6 +56,7 @@ class Options:
     seed: int
     reproducible: bool
     parallel: Parallel
+    sync: Sync
     checkpoints: Checkpoints
     validate_every: int | None
     threads: int
@@ -85,6 +86,8 @@ def prepare(model: Any, train: Source | Stream, test: Source | Stream | None, op
         parallel=options.parallel,
         seed=options.seed,
         validate_every=options.validate_every,
+        sync=options.sync,
+        reproducible=options.reproducible,
     )
     epochs = options.epochs if options.epochs or options.steps else 1
     if options.step_fn is not None and not callable(options.step_fn):
@@ -125,6 +128,7 @@ def prepare(model: Any, train: Source | Stream, test: Source | Stream | None, op
         precision=options.precision,
         seed=options.seed,
         reproducible=options.reproducible,
+        sync=options.sync,
         checkpoints=_checkpoints(train, batch, options),
         validate_every=options.validate_every,
         threads=options.threads,
@@ -335,7 +339,16 @@ def _config(
         "seed": spec.seed,
         "reproducible": spec.reproducible,
         "parallel": asdict(options.parallel),
+        "sync": _sync(options),
     }
+
+
+def _sync(options: Options) -> dict[str, Any] | None:
+    """Describe how workers exchange what they learn. After local steps no other can go on from a worker's state."""
+    if options.sync == Sync():
+        return None
+    workers = {"num_workers": options.num_workers} if options.sync.is_local else {}
+    return {**asdict(options.sync), **workers}
 
 
 def _form(model: Any, kind: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lepton_ray import journal
 from lepton_ray.callbacks import Callback
-from lepton_ray.config import Batch, Checkpoints, Faults, Parallel, Precision, Resources
+from lepton_ray.config import Batch, Checkpoints, Faults, Parallel, Precision, Resources, Sync
 from lepton_ray.data.sources import Source, Stream, make_source, spare_cpus
 from lepton_ray.errors import ConfigError
 from lepton_ray.job import Job
@@ -48,6 +48,7 @@ class DistributedTrainer:
     resources, faults, parallel: what a worker asks of Ray, how patient the run is, how a copy of the model is laid out.
     checkpoints: when the training state is written, and what is kept.
     validate_every: steps between evaluations on test_data; at the end of each epoch by default.
+    sync: when the workers add up what they learnt: in every step, or after `Sync.local(steps=...)`.
     callbacks: objects of classes derived from `Callback`; their hooks run in the process of rank 0.
     transform, collate: a callable on each batch, and on the samples of a Dataset.
     step_fn: `step_fn(model, batch, optimizers) -> loss or dict` in place of the usual step.
@@ -83,12 +84,14 @@ class DistributedTrainer:
         transform: Callable[[Any], Any] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         step_fn: Callable[..., Any] | None = None,
+        sync: Sync = Sync(),
     ) -> None:
         for label, value, kind in (
             ("resources", resources, Resources),
             ("faults", faults, Faults),
             ("parallel", parallel, Parallel),
             ("checkpoints", checkpoints, Checkpoints),
+            ("sync", sync, Sync),
         ):
             if not isinstance(value, kind):
                 raise ConfigError(f"{label}={value!r}: expected a {kind.__name__}(...).")
@@ -125,6 +128,7 @@ class DistributedTrainer:
                 seed=seed,
                 reproducible=reproducible,
                 parallel=parallel,
+                sync=sync,
                 checkpoints=checkpoints,
                 validate_every=validate_every,
                 threads=max(1, int(resources.cpus)),

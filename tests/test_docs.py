@@ -19,7 +19,7 @@ from lepton_ray import cli
 ROOT = Path(__file__).parents[1]
 README, GUIDE, CONTRIBUTING = ROOT / "README.md", ROOT / "docs/guide.md", ROOT / "docs/contributing.md"
 DOCUMENTS = [README, GUIDE, CONTRIBUTING]
-OPTIONS = ["DistributedTrainer", "Batch", "Resources", "Faults", "Parallel", "Checkpoints"]
+OPTIONS = ["DistributedTrainer", "Batch", "Resources", "Faults", "Parallel", "Sync", "OuterSGD", "Checkpoints"]
 
 
 def blocks(document: Path, *languages: str) -> list[tuple[int, str]]:

@@ -6,6 +6,7 @@ import ray.util.collective as collective
 import torch
 
 from lepton_ray.collective import ray_group
+from lepton_ray.collective.wire import Feedback
 
 
 class RayPeers:
@@ -18,9 +19,14 @@ class RayPeers:
             ray_group.register(timeout_s=timeout_s)
             collective.init_collective_group(world, rank, backend=ray_group.BACKEND, group_name=group)  # type: ignore[arg-type]
 
-    def allreduce(self, tensor: torch.Tensor) -> None:
-        if self.world > 1:
+    def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
+        if self.world == 1:
+            return
+        if wire == "fp32":
             collective.allreduce(tensor, group_name=self._group)
+        else:
+            feedback = None if residual is None else Feedback(residual.numpy())
+            ray_group.allreduce(self._group, tensor, wire, feedback)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         if self.world > 1:
@@ -28,6 +34,9 @@ class RayPeers:
 
     def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         return ray_group.empty(self._group, count, dtype) if self.world > 1 else torch.empty(count, dtype=dtype)
+
+    def explain(self, size_bytes: int) -> str:
+        return ray_group.explain(self._group, size_bytes) if self.world > 1 else "there is one worker"
 
     def abort(self) -> None:
         """Break what waits in this group, here and at the peers. May be called from any thread."""

@@ -2,10 +2,11 @@
 
 Small arrays: everybody copies its own into a slot, one meeting, everybody sums all slots in the order of ranks. Larger
 ones are cut into a part for each rank (`layout`). Those that lie in the group's memory (`empty`) are reduced in place:
-each rank reads its part of all arrays, block by block while it is in the cache, and writes the result into all. So
-every element is read once and written once, by all cores together. Nobody writes into the private memory of another:
-after an error it may be in use for something else. There each rank reduces its part into its own array, then fetches
-the parts of the others, by process_vm_readv where that is allowed, otherwise through the slots.
+each rank reads its part of all arrays and writes the result into all: by numpy, block by block while it is in the
+cache, or in one pass (`kernel`). So every element is read once and written once, by all cores together. Nobody writes
+into the private memory of another: after an error it may be in use for something else. There each rank reduces its part
+into its own array, then fetches the parts of the others, by process_vm_readv where that is allowed, otherwise through
+the slots.
 
 Every operation begins with a meeting at which all ranks show what they call and where their array is; from then on
 all know the same and choose the same way. Every rank ends with the same bits.
@@ -20,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lepton_ray.collective.board import WORDS_BYTES, Board
-from lepton_ray.collective.calls import HEADER, Array, Reduction, mismatch
+from lepton_ray.collective.calls import HEADER, SUM, Array, Reduction, mismatch
 from lepton_ray.collective.holdings import Holdings, Place
+from lepton_ray.collective.kernel import sum_into_all
 from lepton_ray.collective.layout import Way, blocks, choose, even_parts, turns, whole_part
 from lepton_ray.collective.memory import Segment, read_process
 from lepton_ray.errors import PeerLost
@@ -76,6 +78,7 @@ class SharedMemory:
         """
         self._rank, self._world, self._pids, self.can_read = rank, len(segments), pids, can_read
         self._names = names or range(self._world)
+        sum_into_all(np.dtype(np.float32))  # what has to be compiled is compiled now
         self.board = Board(rank, segments, pidfds, timeout_s=timeout_s, watch=watch, names=names)
         self.holdings = Holdings(pids)
         self._peers = [(rank + step) % self._world for step in range(1, self._world)]
@@ -247,6 +250,13 @@ class SharedMemory:
     def _reduce_everywhere(self, begun: _Begun, array: Array, bounds: Sequence[int], op: Reduction) -> None:
         """Reduce the own part of all arrays, and write the result into all of them."""
         others = [begun.arrays[peer] for peer in self._peers]
+        kernel = sum_into_all(array.dtype) if op is SUM else None
+        if kernel is not None:
+            for block in blocks(bounds[self._rank], bounds[self._rank + 1], max(1, _READ_BYTES // array.itemsize)):
+                self.board.check()
+                kernel([array[block], *(other[block] for other in others)])
+            self.board.meet()
+            return
         for block in blocks(bounds[self._rank], bounds[self._rank + 1], self._block(array)):
             self.board.check()
             own = array[block]

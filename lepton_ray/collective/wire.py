@@ -134,8 +134,9 @@ class Feedback:
     what the last one lost, instead of by the sum of all errors.
     """
 
-    def __init__(self) -> None:
-        self._lost: Floats | None = None
+    def __init__(self, lost: Floats | None = None) -> None:
+        """lost: where to keep it; made at the first sum by default."""
+        self._lost = lost
 
     def of(self, size: int) -> Floats:
         """Return the losses for a buffer of so many numbers; whoever encodes writes them."""

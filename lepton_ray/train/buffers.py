@@ -55,11 +55,12 @@ class BufferFold:
         self._allreduce = allreduce
         self._groups = [_gather(members) for members in _by_rule(buffers)]
         self._total = 0
+        self._first = 0
         self._knows_calls = False
 
-    def begin(self, total: int) -> None:
-        """Start a step in which `total` microbatches (of all workers) are not empty."""
-        self._total = total
+    def begin(self, total: int, first: int = 0) -> None:
+        """Start a step in which `total` microbatches (of all workers) are not empty, from number `first` on."""
+        self._total, self._first = total, first
         for group in self._groups:
             group.before.copy_(group.flat)
             if group.change is not None:
@@ -87,7 +88,8 @@ class BufferFold:
                 group.open().add_(torch.where(group.flat == group.before, 0, after - _base(group.before)))
                 continue
             change = group.flat.double().sub_(group.before)
-            group.open().add_(change if group.keep is None else change * group.keep ** (self._total - 1 - microbatch))
+            later = self._first + self._total - 1 - microbatch
+            group.open().add_(change if group.keep is None else change * group.keep**later)
 
     def reduce(self) -> None:
         """Sum the contributions of all workers."""
@@ -146,6 +148,56 @@ class BufferFold:
                 sizes = torch.tensor([buffer.tensor.numel() for buffer in group.members])
                 powers = torch.tensor(own, dtype=torch.float64).repeat_interleave(sizes)
                 group.keep = group.keep ** powers.to(group.flat.device)
+
+
+class BufferMean:
+    """The buffers of workers that train by themselves, brought together now and then.
+
+    Averages become the mean of the workers', what counts as a sum of changes is added up, and the vectors of a spectral
+    norm are those of the last worker. What no worker has changed is not sent, and keeps its bits.
+    """
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        """Made when all workers hold the same buffers."""
+        self._buffers = buffers
+        self.shared = [buffer.tensor.detach().clone() for buffer in buffers]
+        """As they were when the workers last met."""
+
+    @property
+    def own(self) -> list[torch.Tensor]:
+        """This worker's buffers."""
+        return [buffer.tensor.detach() for buffer in self._buffers]
+
+    def changed(self) -> list[bool]:
+        """Tell which buffers this worker has changed since the workers last met."""
+        return [not torch.equal(own, shared) for own, shared in zip(self.own, self.shared)]
+
+    def meet(self, changed: Sequence[float], share: float, is_last: bool, allreduce: AllReduce | None) -> None:
+        """Bring those buffers together that some worker has `changed`; share: this worker's, of all shares a part."""
+        met = [index for index, times in enumerate(changed) if times]
+        if not met:
+            return
+        parts = []
+        for index in met:
+            own, shared, keep = self.own[index], self.shared[index], self._buffers[index].keep
+            if keep == 1.0:
+                parts.append(torch.where(_real(own) == _real(shared), 0, _base(_real(own)) - _base(_real(shared))))
+            else:
+                weight = float(is_last) if keep == 0.0 else share
+                parts.append((_real(own).double() - _real(shared)) * weight)
+        total = torch.cat([part.reshape(-1).double().cpu() for part in parts])
+        if allreduce is not None:
+            allreduce(total)
+        for index, part in zip(met, total.split([part.numel() for part in parts])):
+            shared = _real(self.shared[index])
+            change = part.view(shared.shape).to(shared.device)
+            after = (_base(shared) + change.to(_base(shared).dtype)).to(shared.dtype)
+            shared.copy_(torch.where(change == 0, shared, after))
+            self.own[index].copy_(self.shared[index])
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _base(before: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,11 @@ and optimizer again, to gain something only where checkpoints follow each other 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,12 +30,12 @@ from lepton_ray.train.checkpoint_format import (
     FilePlan,
     ForeignManifest,
     Manifest,
-    file_pieces,
     manifest_bytes,
     plan_file,
     read_manifest,
     step_folder,
     steps_in,
+    write_file,
 )
 from lepton_ray.train.tree import flatten
 
@@ -52,6 +51,7 @@ class _Copy:
     state: Any
     head: bytes
     size_bytes: int
+    beside: Sequence[File]
     began_s: float
     waited_s: float
     ready: torch.Event | None
@@ -107,18 +107,20 @@ class Checkpointer:
         *,
         generation: int = 0,
         after: Callable[[], None] | None = None,
+        beside: Sequence[File] | None = (),
     ) -> bool:
         """Copy what makes a checkpoint, which the background thread then writes. The tensors may change afterwards.
 
         state: a tree of dicts, lists, tuples, scalars and tensors. after: what has to be done before the checkpoint
-        exists, in the background; it fails when that raises. Waits for an earlier write that still needs the buffer,
-        at most write_timeout_s; returns whether there was a buffer.
+        exists, in the background; it fails when that raises. beside: files of its folder that other workers
+        wrote; None when one of them could not, so that there is no checkpoint. Waits for an earlier write that still
+        needs the buffer, at most write_timeout_s; returns whether it is going to be written.
         Raises CheckpointError for a tensor or a value that a checkpoint cannot hold.
         """
         began_s = time.perf_counter()
         all_tensors, json_state = _together(tensors, state)
         plan = plan_file(all_tensors)
-        error = ""
+        error = "" if beside is not None else "another worker could not write its own state"
         if self._buffer_user is not None and wait([self._buffer_user], self.write_timeout_s).not_done:
             error = f"the write of an earlier checkpoint did not end within {self.write_timeout_s:g} s"
         waited_s = time.perf_counter() - began_s
@@ -136,6 +138,7 @@ class Checkpointer:
             state=json_state,
             head=plan.head,
             size_bytes=plan.size_bytes,
+            beside=beside or (),
             began_s=began_s,
             waited_s=waited_s,
             ready=_copy(all_tensors, plan, self._buffer),
@@ -143,6 +146,10 @@ class Checkpointer:
         copy.blocked_s = time.perf_counter() - began_s
         self._buffer_user = self._submit(lambda: self._write(copy, after))
         return True
+
+    def is_idle(self) -> bool:
+        """Wait for all that was asked for, at most write_timeout_s; tell whether it is done."""
+        return self._last is None or not wait([self._last], self.write_timeout_s).not_done
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when all that was asked for is done. Raises WaitTimeout after timeout_s (default write_timeout_s)."""
@@ -188,7 +195,11 @@ class Checkpointer:
             if after is not None:
                 after()
             manifest = Manifest(
-                step=step, generation=copy.generation, saved_at_s=time.time(), state=copy.state, files=(file,)
+                step=step,
+                generation=copy.generation,
+                saved_at_s=time.time(),
+                state=copy.state,
+                files=(file, *copy.beside),
             )
             at.write(MANIFEST, manifest_bytes(manifest))
         except Exception as error:  # noqa: BLE001 - each storage has errors of its own
@@ -211,17 +222,7 @@ class Checkpointer:
     def _write_tensors(self, copy: _Copy, at: Folder) -> File:
         if copy.ready is not None:
             copy.ready.synchronize()
-        taken = at.names()
-        number = 0
-        while f"state-{number}.safetensors" in taken:  # never over a file that a manifest may name
-            number += 1
-        name = f"state-{number}.safetensors"
-        digest = hashlib.sha256()
-        with at.open(name, "wb") as file:
-            for piece in file_pieces(copy.head, [self._buffer[: copy.size_bytes]]):
-                digest.update(piece)
-                file.write(piece)
-        return File(name=name, size_bytes=len(copy.head) + copy.size_bytes, sha256=digest.hexdigest())
+        return write_file(at, "state", copy.head, [self._buffer[: copy.size_bytes]])
 
     def _quietly(self, delete: Callable[[int], None], step: int) -> None:
         try:

@@ -1,7 +1,8 @@
 """What a checkpoint is on storage, and how it is read: exact, safe to load, checked to the last byte.
 
-    <run>/checkpoints/step-00000120/state-0.safetensors    all tensors
-                                    manifest.json          everything else; sizes and SHA-256; written last
+    <run>/checkpoints/step-00000120/state-0.safetensors     all tensors
+                                    worker-1-0.safetensors  after local steps: what only the worker of rank 1 holds
+                                    manifest.json           everything else; sizes and SHA-256; written last
 
 A checkpoint exists when its manifest does. No file is ever unpickled.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lepton_ray.errors import CheckpointError
 from lepton_ray.storage import Folder
-from lepton_ray.train.tree import unflatten
+from lepton_ray.train.tree import flatten, unflatten
 
 FORMAT = "lepton_ray checkpoint"
 VERSION = 1
@@ -30,6 +31,9 @@ MANIFEST = "manifest.json"
 CHUNK_BYTES = 4 << 20
 
 _STEP = re.compile(r"step-(\d{8,})")
+_WORKER = re.compile(r"worker-(\d+)-\d+\.safetensors")
+_STATE = "$state"
+"""Holds, in the file of a worker, what is not a tensor."""
 # names of the safetensors format; torch has more types, which are refused by name
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -118,6 +122,25 @@ def file_pieces(head: bytes, data: Iterable[Tensor]) -> Iterator[bytes | memoryv
             yield whole[start : start + CHUNK_BYTES]
 
 
+def write_file(at: Folder, stem: str, head: bytes, data: Iterable[Tensor]) -> File:
+    """Write a safetensors file under the first free name `<stem>-<number>`: never over one that a manifest may name.
+
+    head, data: as `file_pieces`.
+    """
+    taken = at.names()
+    number = 0
+    while f"{stem}-{number}.safetensors" in taken:
+        number += 1
+    name = f"{stem}-{number}.safetensors"
+    digest, size_bytes = hashlib.sha256(), 0
+    with at.open(name, "wb") as file:
+        for piece in file_pieces(head, data):
+            digest.update(piece)
+            file.write(piece)
+            size_bytes += len(piece)
+    return File(name=name, size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
 def _parse(data: Tensor) -> dict[str, Tensor]:
     """View the tensors of a whole safetensors file. Raises ValueError, KeyError or TypeError when it is not one."""
     length = struct.unpack("<Q", data[:8].numpy().tobytes())[0] if len(data) >= 8 else len(data)
@@ -162,6 +185,15 @@ class Manifest:
     state: Any
     """The state that was saved, in the JSON of `flatten`."""
     files: tuple[File, ...]
+
+
+def write_own(folder: Folder, step: int, rank: int, state: Any) -> File:
+    """Write what only one worker holds, for the manifest of rank 0 to name. state: as that of a checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(flatten(state, "own", tensors)).encode()
+    tensors[_STATE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    plan = plan_file(tensors)
+    return write_file(step_folder(folder, step), f"worker-{rank}", plan.head, [tensors[s.name] for s in plan.spans])
 
 
 class ForeignManifest(CheckpointError):
@@ -301,19 +333,48 @@ def load(folder: Folder, step: int) -> tuple[dict[str, Tensor], Any]:
     What is checked is what is returned: each file is read once, into memory that its tensors then share.
     Raises CheckpointError that names the file which is missing or altered.
     """
-    at = step_folder(folder, step)
-    try:
-        manifest = read_manifest(folder, step)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{at.url}/{MANIFEST} is missing: step {step} has no finished checkpoint.") from error
+    at, manifest = step_folder(folder, step), _manifest_of(folder, step)
     tensors: dict[str, Tensor] = {}
     for file in manifest.files:
-        data = torch.empty(file.size_bytes, dtype=torch.uint8)
-        _check_file(at, file, data)
-        try:
-            tensors.update(_parse(data))
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{at.url}/{file.name} is not a safetensors file ({error}).") from error
+        if not _WORKER.fullmatch(file.name):
+            tensors.update(_read_tensors(at, file))
+    return _rebuild(manifest.state, tensors, f"{at.url}/{MANIFEST}")
+
+
+def load_own(folder: Folder, step: int, rank: int) -> Any:
+    """Return the state that a worker wrote with `write_own`. Raises CheckpointError, also when there is none."""
+    at, manifest = step_folder(folder, step), _manifest_of(folder, step)
+    for file in manifest.files:
+        found = _WORKER.fullmatch(file.name)
+        if found and int(found[1]) == rank:
+            tensors = _read_tensors(at, file)
+            try:
+                state = json.loads(tensors.pop(_STATE).numpy().tobytes())
+            except (KeyError, ValueError) as error:
+                raise CheckpointError(f"{at.url}/{file.name} holds no state of a worker ({error}).") from error
+            return _rebuild(state, tensors, f"{at.url}/{file.name}")[1]
+    raise CheckpointError(f"{at.url}/{MANIFEST} names no file of worker {rank}.")
+
+
+def _manifest_of(folder: Folder, step: int) -> Manifest:
+    try:
+        return read_manifest(folder, step)
+    except FileNotFoundError as error:
+        path = f"{step_folder(folder, step).url}/{MANIFEST}"
+        raise CheckpointError(f"{path} is missing: step {step} has no finished checkpoint.") from error
+
+
+def _read_tensors(at: Folder, file: File) -> dict[str, Tensor]:
+    data = torch.empty(file.size_bytes, dtype=torch.uint8)
+    _check_file(at, file, data)
+    try:
+        return _parse(data)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{at.url}/{file.name} is not a safetensors file ({error}).") from error
+
+
+def _rebuild(state: Any, tensors: Mapping[str, Tensor], path: str) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors that are not a part of the state, and the state."""
     in_state: set[str] = set()
 
     def take(name: str) -> Tensor:
@@ -321,7 +382,7 @@ def load(folder: Folder, step: int) -> tuple[dict[str, Tensor], Any]:
         return tensors[name]
 
     try:
-        state = unflatten(manifest.state, take)
+        rebuilt = unflatten(state, take)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{at.url}/{MANIFEST} names a tensor that its files do not hold ({error}).") from error
-    return {name: tensor for name, tensor in tensors.items() if name not in in_state}, state
+        raise CheckpointError(f"{path} names a tensor that its files do not hold ({error}).") from error
+    return {name: tensor for name, tensor in tensors.items() if name not in in_state}, rebuilt

@@ -21,18 +21,18 @@ from lepton_ray.train.buffers import BufferFold
 from lepton_ray.train.model import Model
 from lepton_ray.train.objective import StepFn, read_step
 from lepton_ray.train.peers import Peers
-from lepton_ray.train.reduce import Reducer, sum_of
-from lepton_ray.train.step import Committed, Extras, fetch, not_finite, vote
+from lepton_ray.train.reduce import Reducer, over_wire, sum_of
+from lepton_ray.train.step import Committed, Extras, begin_buffers, fetch, not_finite, vote
 
 
 class SharedOptimizer:
     """What a `step_fn` gets in place of an optimizer of its own."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, peers: Peers) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, peers: Peers, wire: str = "fp32") -> None:
         self.optimizer = optimizer
         allreduce = peers.allreduce if peers.world > 1 else None
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._reducer = Reducer({str(i): p for i, p in enumerate(parameters)}, allreduce, peers.empty)
+        self._reducer = Reducer({str(i): p for i, p in enumerate(parameters)}, over_wire(peers, wire), peers.empty)
         self._allreduce = allreduce
         self.share = 1.0
         """What the gradients of this worker are multiplied by before they are summed."""
@@ -98,23 +98,27 @@ class FreeStepper:
         peers: Peers,
         device: torch.device,
         seed: int,
+        wire: str = "fp32",
     ) -> None:
-        """shape: turn the named optimizers into what the user's `optimizer=` returned (one, a list, a dict)."""
+        """shape: turn the named optimizers into what the user's `optimizer=` returned (one, a list, a dict).
+
+        wire: the number format in which gradients travel.
+        """
         allreduce = peers.allreduce if peers.world > 1 else None
         self._model, self._step_fn, self._feed, self._peers = model, step_fn, feed, peers
         self._device, self._seed, self._extras = device, seed, Extras(peers)
-        self._shared = {name: SharedOptimizer(o, peers) for name, o in optimizers.items()}
+        self._shared = {name: SharedOptimizer(o, peers, wire) for name, o in optimizers.items()}
         self._argument = shape(self._shared)
         self._buffers = BufferFold(model.buffers(), allreduce)
 
-    def run(self, step: int, plan: StepPlan, owned: Sequence[int], wish: bool) -> Committed:
+    def run(self, step: int, plan: StepPlan, owned: Sequence[int], wish: bool) -> list[Committed]:
         """Do step `step` on the one microbatch that this worker owns."""
         (m,) = owned
         samples = plan.sizes[m]
         total = sum(plan.sizes)
         for shared in self._shared.values():
             shared.begin(samples / total)
-        self._buffers.begin(sum(size > 0 for size in plan.sizes))
+        begin_buffers(self._buffers, plan)
         batch = fetch(self._feed, self._model, self._device, self._seed, step, m if samples else 0)
         self._buffers.enter()
         outcome = read_step(self._step_fn(self._model.user_module, batch, self._argument), count(batch))
@@ -137,13 +141,18 @@ class FreeStepper:
         if not math.isfinite(loss_sum) or not math.isfinite(gradients):
             raise RunFailed(not_finite(step, loss_sum))
         self._buffers.apply()
-        return Committed(
+        committed = Committed(
             loss_sum=loss_sum,
             weight=weight,
             samples=int(agreed_samples),
             stop=stop > 0,
             extra=self._extras.means(sums),
         )
+        return [committed]
+
+    def settle(self) -> list[Committed]:
+        """Return what is committed by that: nothing, since each step was."""
+        return []
 
     def close(self) -> None:
         """Take the hooks off the model."""

@@ -16,7 +16,7 @@ from lepton_ray.train.checkpoint_format import load, newest
 from lepton_ray.train.evaluate import predict
 from lepton_ray.train.loop import Loop, Report
 from lepton_ray.train.parts import load_weights, make_parts
-from lepton_ray.train.peers import Peers
+from lepton_ray.train.peers import Background, Peers
 from lepton_ray.train.spec import TrainSpec
 
 
@@ -41,6 +41,8 @@ class Task:
         if spec.reproducible:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.set_deterministic_debug_mode("error")  # `use_deterministic_algorithms` imports the compiler: 2 s
+        if spec.sync.is_local:
+            peers = Background(peers)
         self._spec, self._peers, self._report, self._source = spec, peers, report, test_source
         feed = None
         if train_source is not None:
@@ -51,6 +53,9 @@ class Task:
                 seed=spec.seed,
             )
         self._parts = make_parts(spec, feed, peers, device, self._note)
+        if spec.sync.wire != "fp32":
+            sizes = [p.numel() * p.itemsize for p in self._parts.model.parameters().values()]
+            self._note(f"gradients travel as {spec.sync.wire}; {peers.explain(sum(sizes))}")
         self._loop = None
         if feed is not None:
             self._loop = Loop(

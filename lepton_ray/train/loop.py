@@ -25,7 +25,8 @@ from lepton_ray.errors import RunFailed
 from lepton_ray.plan.batch import own
 from lepton_ray.storage import Folder
 from lepton_ray.train.checkpoint import Checkpointer
-from lepton_ray.train.checkpoint_format import load, newest
+from lepton_ray.train.checkpoint_format import File, load, load_own, newest
+from lepton_ray.train.own_files import write_files
 from lepton_ray.train.parts import Parts
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.reduce import sum_of
@@ -111,7 +112,10 @@ class Loop:
         self._epoch = 0
         self._sums = _Epoch()
         self._speed = _Speed()
-        self._pending: dict[str, Any] | None = None
+        self._done: deque[tuple[int, int, float]] = deque()
+        """Step, epoch and learning rate of what is done here, but not yet committed by all."""
+        self._pending: deque[dict[str, Any]] = deque()
+        """Records of what is committed, but perhaps not yet applied by all."""
         self._metrics: dict[str, float] = {}
         """The last of each."""
         self._measured: dict[str, float] = {}
@@ -166,13 +170,13 @@ class Loop:
         plan = self._feed.plan(self.step)
         committed = self._stepper.run(self.step, plan, self._owned, self._wishes())
         self._publish()
-        self._sums.add(committed)
-        self._pending = self._record(committed)
+        self._done.append((self.step, self._epoch, self._parts.schedulers.rate()))
+        self._commit(committed)
         self._report("work", step=self.step, first=self._owned.start, sizes=[plan.sizes[m] for m in self._owned])
         self._parts.schedulers.after_step()
         self.step += 1
         self._measured = {}
-        stop = committed.stop
+        stop = any(each.stop for each in committed)
         if self._is_due(self._spec.validate_every, plan.is_epoch_end):
             self._settle()
             self._validate()
@@ -188,33 +192,40 @@ class Loop:
     def _is_due(self, every: int | None, is_epoch_end: bool) -> bool:
         return is_epoch_end if every is None else self.step % every == 0
 
-    def _record(self, committed: Committed) -> dict[str, Any]:
-        record = {
-            "step": self.step,
-            "epoch": self._epoch,
-            "train_loss": committed.loss,
-            "lr": self._parts.schedulers.rate(),
-            "samples_per_s": self._speed.add(committed.samples),
-            **committed.extra,
-        }
-        if committed.grad_norm is not None:
-            record["grad_norm"] = committed.grad_norm
-        if committed.is_skipped:
-            record["skipped"] = True
-        return record
+    def _commit(self, committed: list[Committed]) -> None:
+        """Take in what all workers agreed on about the first of the steps that are done."""
+        samples_per_s = self._speed.add(sum(each.samples for each in committed)) if committed else 0.0
+        for each in committed:
+            self._sums.add(each)
+            step, epoch, rate = self._done.popleft()
+            record = {
+                "step": step,
+                "epoch": epoch,
+                "train_loss": each.loss,
+                "lr": rate,
+                "samples_per_s": samples_per_s,
+                **each.extra,
+            }
+            if each.grad_norm is not None:
+                record["grad_norm"] = each.grad_norm
+            if each.is_skipped:
+                record["skipped"] = True
+            self._pending.append(record)
 
     def _settle(self) -> bool:
-        """Hold a closing ballot: the last step is stable. Return whether anybody wishes to stop."""
+        """Hold a closing ballot: all steps are stable. Return whether anybody wishes to stop."""
+        self._commit(self._stepper.settle())
         stop = vote(self._peers, [self._wishes()])[0] > 0
         self._publish()
         return stop
 
     def _publish(self) -> None:
-        """Hand out the record of the last step, which is stable now."""
-        record, self._pending = self._pending, None
-        if record is not None and self._is_first:
-            self._report("step", **record)
-            self._call("on_step", record)
+        """Hand out the records of committed steps, which are stable now."""
+        while self._pending:
+            record = self._pending.popleft()
+            if self._is_first:
+                self._report("step", **record)
+                self._call("on_step", record)
         self._tell_saved()
 
     def _tell_saved(self) -> None:
@@ -284,12 +295,18 @@ class Loop:
         """
         if self._saved_step == self.step:
             return
-        if not math.isfinite(sum_of(self._parts.model.parameters().values())):
+        is_broken = not math.isfinite(sum_of(self._parts.model.parameters().values()))
+        if self._spec.sync.is_local:
+            is_broken = vote(self._peers, [is_broken])[0] > 0  # of any worker
+        if is_broken:
             raise RunFailed(
                 f"some weights are inf or nan after {self.step} steps. Lower the learning rate; the last checkpoint is "
                 "from before it."
             )
         self._saved_step = self.step
+        beside = self._save_own() if self._spec.sync.is_local else ()
+        if beside is None:
+            self._saved_step = -1
         if self._checkpointer is None:
             return
         tensors, state = self._parts.state()
@@ -303,10 +320,23 @@ class Loop:
             "has_stopped": stop and self._stop_reason is not None,
         }
         step = self.step
-        if not self._checkpointer.save(
-            step, tensors, state, generation=self._generation, after=lambda: self._record_to(step)
-        ):
+        with self._parts.shared():
+            is_saved = self._checkpointer.save(
+                step,
+                tensors,
+                state,
+                generation=self._generation,
+                after=lambda: self._record_to(step),
+                beside=beside,
+            )
+        if not is_saved and not self._spec.sync.is_local:  # where all save together, all must try again, or nobody
             self._saved_step = -1
+
+    def _save_own(self) -> list[File] | None:
+        """Let the other workers write what only they hold."""
+        is_ready = self._checkpointer is None or self._checkpointer.is_idle()
+        folder = self._folder.sub("checkpoints")
+        return write_files(folder, self.step, self._parts.own_state, self._peers, is_ready=is_ready)
 
     def _resume(self) -> None:
         """Load the newest valid checkpoint, the one that rank 0 chooses; without one, agree on the first weights."""
@@ -320,11 +350,14 @@ class Loop:
                 shared = tensor.contiguous()
                 self._peers.broadcast(shared)
                 tensor.copy_(shared)
+            self._parts.begin()
             if self._is_first:
                 self._report("started", step=0)
             self._save()
             return
         tensors, state = load(self._folder.sub("checkpoints"), step)
+        if self._spec.sync.is_local and not self._is_first:
+            state |= load_own(self._folder.sub("checkpoints"), step, self._peers.rank)
         self._parts.load(tensors, state)
         self.step, self._epoch, self._metrics = step, state["epoch"], state["metrics"]
         self._sums = _Epoch(**state["epoch_sums"])
@@ -346,14 +379,15 @@ class Loop:
             if self._parts.finalize():  # these are other weights than those that were measured and saved
                 self._validated_step, self._saved_step, self._measured = -1, -1, {}
             self._validate()
-        digest = weights_digest(self._parts.model.state())
+        with self._parts.shared():
+            digest = weights_digest(self._parts.model.state())
         self._compare(digest)
-        if self._checkpointer is not None:
+        if self._checkpointer is not None and not self._spec.sync.is_local:
             self._checkpointer.write_timeout_s = LAST_WRITE_S  # nobody waits for this rank any more
         self._save(stopped)
         if self._checkpointer is None:
             return
-        self._checkpointer.close()
+        self._checkpointer.close(LAST_WRITE_S)
         self._tell_saved()
         end = {"step": self.step, "epoch": self._epoch, "metrics": self._metrics, "sha256": digest}
         if is_complete:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,11 +18,12 @@ from lepton_ray.plan.batch import seed_of
 from lepton_ray.train.blueprint import build
 from lepton_ray.train.evaluate import Counts, Pass, Sums, evaluate
 from lepton_ray.train.free_step import FreeStepper
+from lepton_ray.train.local_step import LocalStepper
 from lepton_ray.train.metrics import make_metrics
 from lepton_ray.train.model import Model, TorchModel
 from lepton_ray.train.objective import Objective, StepFn, make_objective
 from lepton_ray.train.optimizers import Optimizers, Schedulers, make_optimizer, make_scheduler
-from lepton_ray.train.peers import Peers
+from lepton_ray.train.peers import Alone, Background, Peers
 from lepton_ray.train.precision import Scaler
 from lepton_ray.train.spec import Code, TrainSpec
 from lepton_ray.train.step import Stepper
@@ -42,27 +44,47 @@ class Parts:
     optimizers: Optimizers
     schedulers: Schedulers
     callbacks: Sequence[Callback]
-    stepper: Stepper | FreeStepper
+    stepper: Stepper | FreeStepper | LocalStepper
     how: Pass
     """How evaluations and predictions go."""
 
     def evaluate(self, source: Source | Stream) -> dict[str, float]:
         """Return the loss and the metrics over all of `source`; all workers take part."""
-        return evaluate(self.model, self.judge, self.counts, source, self.how)
+        with self.shared():
+            return evaluate(self.model, self.judge, self.counts, source, self.how)
+
+    def shared(self) -> AbstractContextManager[None]:
+        """Let the model hold, for a while, what is the same on all workers; without local steps it always does."""
+        return self.stepper.shared() if isinstance(self.stepper, LocalStepper) else nullcontext()
+
+    def begin(self) -> None:
+        """Take note that all workers hold the same first weights now."""
+        if isinstance(self.stepper, LocalStepper):
+            self.stepper.begin()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the live tensors of the model, and the rest of the training state as a tree of tensors and scalars."""
+        shared = {"shared": self.stepper.state()} if isinstance(self.stepper, LocalStepper) else {}
+        return self.model.state(), {**self.own_state(), "schedulers": self.schedulers.state_dict(), **shared}
+
+    def own_state(self) -> dict[str, Any]:
+        """Return the part of the training state that after local steps each worker has for itself."""
         scaler = self.stepper.scaler
-        return self.model.state(), {
+        own = {"own": self.stepper.own_state()} if isinstance(self.stepper, LocalStepper) else {}
+        return {
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.named.items()},
-            "schedulers": self.schedulers.state_dict(),
             "scaler": [scaler.scale, scaler.good_steps] if scaler else None,
+            **own,
         }
 
     def finalize(self) -> bool:
-        """Let optimizers that keep averaged weights put them in place, when training is over; tell whether any did."""
+        """Put the weights in place that a run ends with; tell whether these are others than it trained.
+
+        Optimizers that keep averaged weights have such, and workers that trained by themselves.
+        """
         named = self.optimizers.named.values()
-        return True in {optimizer.finalize() for optimizer in named if hasattr(optimizer, "finalize")}
+        is_averaged = True in {optimizer.finalize() for optimizer in named if hasattr(optimizer, "finalize")}
+        return (isinstance(self.stepper, LocalStepper) and self.stepper.finish(is_averaged)) or is_averaged
 
     def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Take over a state. Raises ConfigError when it is that of another model."""
@@ -72,6 +94,8 @@ class Parts:
         self.schedulers.load_state_dict(state["schedulers"])
         if state["scaler"] is not None and self.stepper.scaler is not None:
             self.stepper.scaler = Scaler(*state["scaler"])
+        if isinstance(self.stepper, LocalStepper):
+            self.stepper.load(state["shared"], state["own"])
 
 
 def load_weights(model: Model, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -117,8 +141,17 @@ def make_parts(
 
         judge, counts, optimizers = keras_pieces(cast("KerasModel", model), code, note)
     schedulers = make_scheduler(code.scheduler, optimizers)
-    common: dict[str, Any] = {"model": model, "feed": feed, "peers": peers, "device": device, "seed": spec.seed}
-    stepper: Stepper | FreeStepper
+    is_local = feed is not None and spec.sync.is_local
+    met: Peers = Alone() if is_local else peers
+    common: dict[str, Any] = {
+        "model": model,
+        "feed": feed,
+        "peers": met,
+        "device": device,
+        "seed": spec.seed,
+        "wire": spec.sync.wire,
+    }
+    stepper: Stepper | FreeStepper | LocalStepper
     if code.step_fn is not None and spec.batch.microbatches == peers.world and spec.precision == "fp32":
         stepper = FreeStepper(step_fn=code.step_fn, optimizers=optimizers.named, shape=optimizers.shape, **common)
     else:
@@ -129,6 +162,9 @@ def make_parts(
             clip_norm=spec.batch.clip_norm,
             **common,
         )
+    if is_local:
+        assert isinstance(peers, Background)
+        stepper = LocalStepper(stepper, model, peers, spec.sync)
     return Parts(
         model=model,
         judge=judge,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -13,11 +14,18 @@ class Peers(Protocol):
     rank: int
     world: int
 
-    def allreduce(self, tensor: torch.Tensor) -> None:
-        """Sum a contiguous tensor over the members, in place, to the same bits everywhere."""
+    def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
+        """Sum a contiguous tensor over the members, in place, to the same bits everywhere.
+
+        wire: the number format in which it travels; "fp32" for its own. residual: of the same shape, what a shorter
+        format has left out of this member's earlier tensors: it is added to this one, and set to what is left out now.
+        """
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Set a contiguous tensor to that of rank 0, in place."""
+
+    def explain(self, size_bytes: int) -> str:
+        """Say how so many bytes are summed, and why."""
 
     def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Make a 1-D CPU tensor of undefined values where `allreduce` is fastest. It serves this group only."""
@@ -29,12 +37,56 @@ class Alone:
     rank = 0
     world = 1
 
-    def allreduce(self, tensor: torch.Tensor) -> None:
+    def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
         """The sum over one member is what it holds."""
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Rank 0 is the only member."""
 
+    def explain(self, size_bytes: int) -> str:
+        return "there is one worker"
+
     def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Make ordinary memory."""
         return torch.empty(count, dtype=dtype)
+
+
+class Background:
+    """Peers of whom one sum may go on behind the back of the training thread.
+
+    Whatever else is asked of them waits for it, so that all members make their calls in the same order.
+    """
+
+    def __init__(self, peers: Peers) -> None:
+        self.rank, self.world, self._peers = peers.rank, peers.world, peers
+        self._running: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "lepton-background")
+
+    def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
+        self.join()
+        self._peers.allreduce(tensor, wire, residual)
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        self.join()
+        self._peers.broadcast(tensor)
+
+    def explain(self, size_bytes: int) -> str:
+        return self._peers.explain(size_bytes)
+
+    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        return self._peers.empty(count, dtype)
+
+    def start(self, tensor: torch.Tensor, wire: str, residual: torch.Tensor | None) -> None:
+        """Begin what `allreduce` does; until `join` has returned, nobody may touch the tensors."""
+        self.join()
+        self._running = self._thread.submit(self._peers.allreduce, tensor, wire, residual)
+
+    def join(self) -> None:
+        """Wait for the sum in the background. Raises what it raised."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """End the thread, when it has no more to do."""
+        self._thread.shutdown(wait=False)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lepton_ray.errors import ConfigError
+from lepton_ray.train.peers import Peers
 
 AllReduce = Callable[[torch.Tensor], None]
 """Sum a contiguous 1-D tensor over all workers, in place."""
@@ -168,6 +169,24 @@ class Reducer:
             for bucket in self.buckets[self._next : stop]:
                 self._sender.put(bucket)
             self._next = max(self._next, stop)
+
+
+def over_wire(peers: Peers, wire: str) -> AllReduce | None:
+    """Return what sums buckets in a number format; what that leaves out of a bucket is added to its next sum.
+
+    None when there is nobody to sum with.
+    """
+    if peers.world == 1 or wire == "fp32":
+        return peers.allreduce if peers.world > 1 else None
+    residuals: dict[int, torch.Tensor] = {}
+
+    def allreduce(bucket: torch.Tensor) -> None:
+        place = bucket.data_ptr()
+        if place not in residuals:
+            residuals[place] = torch.zeros(bucket.numel())  # of float32: no other type is shortened
+        peers.allreduce(bucket, wire, residuals[place])
+
+    return allreduce
 
 
 def sum_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:

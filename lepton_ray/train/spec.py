@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lepton_ray.config import Batch, Checkpoints
+from lepton_ray.config import Batch, Checkpoints, Sync
 from lepton_ray.train.blueprint import Blueprint
 from lepton_ray.train.words import Inferred, TargetFacts
 
@@ -49,5 +49,6 @@ class TrainSpec:
     """Steps between evaluations on the test data. None: at the end of each epoch."""
     threads: int
     """torch threads of one worker."""
+    sync: Sync = Sync()
     patience_s: float = 60
     """How long the workers wait for one of them that makes no progress."""

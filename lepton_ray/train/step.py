@@ -20,7 +20,7 @@ from lepton_ray.train.model import Model
 from lepton_ray.train.objective import Objective
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.precision import Scaler, autocast
-from lepton_ray.train.reduce import Reducer, sum_of
+from lepton_ray.train.reduce import Reducer, over_wire, sum_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,12 @@ def vote(peers: Peers, values: Sequence[float]) -> list[float]:
     return ballot.tolist()
 
 
+def begin_buffers(buffers: BufferFold, plan: StepPlan) -> None:
+    """Start a step for the buffers. A plan of all workers fills its first microbatches, that of one worker its own."""
+    filled = [m for m, size in enumerate(plan.sizes) if size]
+    buffers.begin(len(filled), filled[0] if filled else 0)
+
+
 class Extras:
     """What a `step_fn` returned beside its loss, on its way through the ballots: as many numbers on every worker.
 
@@ -110,24 +116,27 @@ class Stepper:
         seed: int,
         precision: str = "fp32",
         clip_norm: float | None = None,
+        wire: str = "fp32",
     ) -> None:
+        """wire: the number format in which gradients travel."""
         allreduce = peers.allreduce if peers.world > 1 else None
         self._model, self._objective, self._optimizers = model, objective, optimizers
         self._feed, self._peers, self._device, self._seed = feed, peers, device, seed
         self._precision, self._clip_norm = precision, clip_norm
         self.scaler = Scaler() if precision == "fp16" else None
-        self._reducer = Reducer(model.parameters(), allreduce, peers.empty)
+        self._reducer = Reducer(model.parameters(), over_wire(peers, wire), peers.empty)
         self._buffers = BufferFold(model.buffers(), allreduce)
         self._extras = Extras(peers)
 
-    def run(self, step: int, plan: StepPlan, owned: Sequence[int], wish: bool) -> Committed:
+    def run(self, step: int, plan: StepPlan, owned: Sequence[int], wish: bool) -> list[Committed]:
         """Do step `step` with the microbatches that this worker owns, together with all others.
 
         wish: this worker wishes to stop after the step.
+        Returns what is committed now: this step.
         Raises RunFailed when the loss or a gradient is not finite, PeerLost when another worker is gone.
         """
         self._reducer.begin()
-        self._buffers.begin(sum(size > 0 for size in plan.sizes))
+        begin_buffers(self._buffers, plan)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         weight, samples = 0.0, 0
         extra: dict[str, list[float]] = {}
@@ -166,7 +175,11 @@ class Stepper:
         )
         if ballot[3] > 0:
             self._drop_unused(untouched)
-        return self._apply(step, committed, scale, gradients)
+        return [self._apply(step, committed, scale, gradients)]
+
+    def settle(self) -> list[Committed]:
+        """Return what is committed by that: nothing, since each step was."""
+        return []
 
     def close(self) -> None:
         """Take the hooks off the model."""

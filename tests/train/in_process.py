@@ -17,6 +17,7 @@ import torch
 
 from lepton_ray import DistributedTrainer, journal
 from lepton_ray.collective.group import Group
+from lepton_ray.collective.wire import Feedback
 from lepton_ray.prepare import with_place
 from lepton_ray.result import Result, make_result
 from lepton_ray.storage import Folder
@@ -33,22 +34,28 @@ class ThreadPeers:
     def __init__(self, group: Group) -> None:
         self.rank, self.world, self.calls, self._group = group.rank, group.world, 0, group
 
-    def allreduce(self, tensor: torch.Tensor) -> None:
+    def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
         self.calls += 1
-        self._group.allreduce(tensor.detach().view(-1).numpy())
+        feedback = None if residual is None else Feedback(residual.numpy())
+        self._group.allreduce(tensor.detach().view(-1).numpy(), wire=wire, feedback=feedback)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         self.calls += 1
         self._group.broadcast(tensor.detach().view(-1).numpy())
 
+    def explain(self, size_bytes: int) -> str:
+        return self._group.explain(size_bytes)
+
     def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(self._group.empty(count * dtype.itemsize, np.uint8)).view(dtype)
 
 
-def form(world: int) -> list[Group]:
-    """Join `world` groups, each in a thread of its own."""
+def form(world: int, nodes: str = "") -> list[Group]:
+    """Join `world` groups, each in a thread of its own. nodes: a letter each, for the node that it says it is on."""
     addresses, barrier = [b""] * world, threading.Barrier(world, timeout=10)
-    groups = [Group(rank, world, secret=b"of this test", timeout_s=10) for rank in range(world)]
+    groups = [
+        Group(rank, world, secret=b"of this test", timeout_s=10, node=nodes[rank : rank + 1]) for rank in range(world)
+    ]
 
     def join(group: Group) -> None:
         def exchange(address: bytes) -> list[bytes]:
@@ -98,6 +105,7 @@ def run_job(
     storage: str,
     name: str = "job",
     num_workers: int = 1,
+    nodes: str = "",
     mode: str = "train",
     at: Callable[[str, dict[str, Any]], None] = lambda event, fields: None,
     wish: Callable[[], bool] = lambda: False,
@@ -107,6 +115,7 @@ def run_job(
     """Do a job to its end; the same name and storage again go on from the newest checkpoint, as in a new process.
 
     options: as DistributedTrainer takes them. mode: "train", "evaluate" or "predict" (of test_data).
+    nodes: see `form`.
     at: called with every record before it is written, `record` with a step before its work counts as recorded; either
     may raise, which is how a test lets a run fail at any moment. wish: whether somebody asks the run to stop.
     Raises what the first rank that failed raised; the journal stays as it is.
@@ -118,7 +127,7 @@ def run_job(
     earlier = journal.read(folder)
     generation = 1 + max((int(found.get("generation", 0)) for found in earlier), default=0)
     book, told, lock = journal.Journal(folder), [], threading.Lock()
-    groups = form(num_workers) if num_workers > 1 else []
+    groups = form(num_workers, nodes) if num_workers > 1 else []
     tasks: dict[int, Task] = {}
 
     def report(rank: int, event: str, fields: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from lepton_ray import Batch, Callback, Checkpoints, ConfigError, EarlyStopping, Faults, RunFailed
 from lepton_ray.callbacks import RunView
 from lepton_ray.storage import Folder
-from lepton_ray.train import blueprint, checkpoint, reduce
+from lepton_ray.train import blueprint, checkpoint_format, reduce
 from lepton_ray.train.checkpoint_format import load, newest
 from tests.train.in_process import Done, run_job
 from tests.train.plain import BATCH, CLASSES, FEATURES, SAMPLES, STEPS, X, Y, cross_entropy, net, plain, sgd
@@ -390,7 +390,7 @@ def test_a_stream_of_steps_is_saved_on_its_way(storage: str) -> None:
 def test_slow_storage_does_not_hold_up_the_other_workers(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One write takes longer than the workers wait for each other: checkpoints fail, and training goes on."""
     opened = threading.Event()
-    slow = checkpoint.file_pieces
+    slow = checkpoint_format.file_pieces
 
     def pieces(*args: Any) -> Any:
         assert opened.wait(30)
@@ -400,7 +400,7 @@ def test_slow_storage_does_not_hold_up_the_other_workers(storage: str, monkeypat
         if event == "step" and fields["step"] == 6:
             opened.set()
 
-    monkeypatch.setattr(checkpoint, "file_pieces", pieces)
+    monkeypatch.setattr(checkpoint_format, "file_pieces", pieces)
     often = Checkpoints(every_steps=2, keep=100)
     done = train(storage, num_workers=2, epochs=2, checkpoints=often, faults=Faults(collective_timeout_s=0.2), at=at)
     assert {record["step"] for record in done.of("checkpoint_failed")} >= {2, 4}
