@@ -32,7 +32,6 @@ def train(storage: str, name: str, sync: Sync) -> Done:
         name=name,
         num_workers=2,
         nodes="ab",
-        loss="mse",
         epochs=10,
         sync=sync,
         **options,
