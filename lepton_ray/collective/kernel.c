@@ -1,35 +1,30 @@
 /* Sum arrays of several ranks, element by element, and write the sum into all of them.
 
-   In one pass: numpy needs one to add and one to copy, with the block of the one waiting in the cache for the other.
-   The order of the additions is that of numpy's passes, so that both give the same bits. */
+   The sums of a piece are kept aside until all arrays of that piece are read. A loop that reads and writes two arrays
+   in turns is a little faster still, but on some processors three times slower where the addresses of the two happen
+   to look alike to the cache (measured on AMD Zen). The order of the additions is that of numpy's passes, so that both
+   give the same bits. */
 
 #include <stdint.h>
 
-enum { CHUNK = 1024 };
+enum { PIECE = 256 };
 
-#define SUM_INTO_ALL(NAME, TYPE)                                                                     \
-    void NAME(TYPE *const *arrays, int64_t world, int64_t count) {                                   \
-        if (world == 2) {                                                                            \
-            TYPE *restrict first = arrays[0], *restrict second = arrays[1];                          \
-            for (int64_t i = 0; i < count; i++) {                                                    \
-                TYPE sum = first[i] + second[i];                                                     \
-                first[i] = sum;                                                                      \
-                second[i] = sum;                                                                     \
-            }                                                                                        \
-            return;                                                                                  \
-        }                                                                                            \
-        for (int64_t start = 0; start < count; start += CHUNK) {                                     \
-            int64_t length = count - start < CHUNK ? count - start : CHUNK;                          \
-            TYPE *restrict own = arrays[0] + start;                                                  \
-            for (int64_t rank = 1; rank < world; rank++) {                                           \
-                const TYPE *restrict other = arrays[rank] + start;                                   \
-                for (int64_t i = 0; i < length; i++) own[i] += other[i];                             \
-            }                                                                                        \
-            for (int64_t rank = 1; rank < world; rank++) {                                           \
-                TYPE *restrict other = arrays[rank] + start;                                         \
-                for (int64_t i = 0; i < length; i++) other[i] = own[i];                              \
-            }                                                                                        \
-        }                                                                                            \
+#define SUM_INTO_ALL(NAME, TYPE)                                                     \
+    void NAME(TYPE *const *arrays, int64_t world, int64_t count) {                   \
+        TYPE sums[PIECE];                                                            \
+        for (int64_t start = 0; start < count; start += PIECE) {                     \
+            int64_t length = count - start < PIECE ? count - start : PIECE;          \
+            const TYPE *first = arrays[0] + start, *second = arrays[1] + start;      \
+            for (int64_t i = 0; i < length; i++) sums[i] = first[i] + second[i];     \
+            for (int64_t rank = 2; rank < world; rank++) {                           \
+                const TYPE *other = arrays[rank] + start;                            \
+                for (int64_t i = 0; i < length; i++) sums[i] += other[i];            \
+            }                                                                        \
+            for (int64_t rank = 0; rank < world; rank++) {                           \
+                TYPE *other = arrays[rank] + start;                                  \
+                for (int64_t i = 0; i < length; i++) other[i] = sums[i];             \
+            }                                                                        \
+        }                                                                            \
     }
 
 SUM_INTO_ALL(sum_float32, float)

@@ -26,7 +26,7 @@ from lepton_ray.collective.calls import Array
 log = logging.getLogger(__name__)
 
 SumIntoAll = Callable[[Sequence[Array]], None]
-"""Sum arrays of one size and dtype, in their order, and write the sum into all of them."""
+"""Sum two arrays or more of one size and dtype, in their order, and write the sum into all of them."""
 
 _SOURCE = Path(__file__).with_name("kernel.c")
 # Tried too: stores that go past the cache. They are no faster where the line has just been read.

@@ -13,14 +13,31 @@ import pytest
 import torch
 from torch import nn
 
-from lepton_ray import Batch, Checkpoints, ConfigError, DistributedTrainer, EarlyStopping, OuterSGD, RunFailed, Sync
+from lepton_ray import (
+    Batch,
+    Checkpoints,
+    ConfigError,
+    DistributedTrainer,
+    EarlyStopping,
+    OuterSGD,
+    PeerLost,
+    RunFailed,
+    Sync,
+)
+from lepton_ray.data.feed import Feed, open_feed
+from lepton_ray.data.sources import make_source
 from lepton_ray.plan.batch import bounds, cut
 from lepton_ray.plan.local import Turns
 from lepton_ray.storage import Folder
 from lepton_ray.train import own_files
 from lepton_ray.train.buffers import BufferFold, BufferMean
 from lepton_ray.train.checkpoint_format import load, load_own, newest
+from lepton_ray.train.local_step import LocalStepper
 from lepton_ray.train.model import TorchModel
+from lepton_ray.train.objective import make_objective
+from lepton_ray.train.peers import Alone, Background
+from lepton_ray.train.reduce import over_wire
+from lepton_ray.train.step import Stepper
 from tests.train.in_process import Done, run_job
 from tests.train.plain import (
     BATCH,
@@ -223,6 +240,105 @@ def test_a_loss_that_is_not_finite_ends_the_run(storage: str) -> None:
     spoilt[3] = np.nan
     with pytest.raises(RunFailed, match="the loss turned nan"):
         train(storage, data=(spoilt, Y), sync=Sync.local(steps=3))
+
+
+# --- what travels ----------------------------------------------------------------------------------------------------
+
+
+def test_a_sum_in_the_background_keeps_the_order_of_calls(together: Callable[..., list[Any]]) -> None:
+    def act(peers: Any) -> list[list[float]]:
+        background = Background(peers)
+        first, second, third = (torch.full((50_000,), float(number)) for number in (1, 2, 3))
+        background.start(first, "fp32", None)
+        background.allreduce(second)  # waits for the first
+        background.start(third, "fp32", None)
+        background.join()
+        background.close()
+        return [sorted(set(each.tolist())) for each in (first, second, third)]
+
+    assert together(2, act) == [[[2.0], [4.0], [6.0]]] * 2
+
+
+def test_an_error_in_the_background_is_raised_where_the_sum_is_awaited(together: Callable[..., list[Any]]) -> None:
+    def act(peers: Any) -> None:
+        background = Background(peers)
+        if peers.rank == 1:
+            peers._group.abort("the test ends it")
+            return
+        background.start(torch.zeros(50_000), "fp32", None)
+        with pytest.raises(PeerLost):
+            background.join()
+        background.close()
+
+    together(2, act)
+
+
+class Rounding:
+    """Peers over a wire of bf16 that keep what is left out, as a lossy wire is to do."""
+
+    def __init__(self, peers: Any) -> None:
+        self.rank, self.world, self._peers = peers.rank, peers.world, peers
+        self.empty, self.broadcast = peers.empty, peers.broadcast
+
+    def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
+        if wire == "bf16":
+            assert residual is not None
+            whole = tensor + residual
+            tensor.copy_(whole.bfloat16())
+            residual.copy_(whole - tensor)
+        self._peers.allreduce(tensor)
+
+
+def test_what_a_wire_leaves_out_is_made_up_for(together: Callable[..., list[Any]]) -> None:
+    """1.001 is 1 in bf16: without a memory, the sum of many would be short by a thousandth."""
+
+    def act(peers: Any) -> float:
+        total = 0.0
+        allreduce = over_wire(Rounding(peers), "bf16")
+        assert allreduce is not None
+        bucket = torch.empty(4)
+        for _ in range(64):
+            bucket.fill_(1.001)
+            allreduce(bucket)
+            total += float(bucket[0])
+        return total
+
+    found, other = together(2, act)
+    assert found == other == pytest.approx(2 * 64 * 1.001, abs=0.02)
+
+
+def test_local_steps_go_over_any_wire(together: Callable[..., list[Any]]) -> None:
+    """Every fragment has a memory of its own, and all workers hold the same shared weights."""
+    untrained = net().float()
+
+    def act(peers: Any) -> list[torch.Tensor]:
+        model = TorchModel(copy.deepcopy(untrained), torch.device("cpu"))
+        optimizer = torch.optim.SGD(model.module.parameters(), lr=0.1)
+        source = make_source((X.astype(np.float32), Y), transform=None, collate=None, name="data")
+        feed = open_feed(source, batch_samples=12, microbatches=2, seed=0)
+        assert isinstance(feed, Feed)
+        inner = Stepper(
+            model=model,
+            objective=make_objective("cross_entropy"),
+            optimizers={"optimizer": optimizer},
+            feed=feed,
+            peers=Alone(),
+            device=torch.device("cpu"),
+            seed=0,
+        )
+        sync = Sync.local(steps=4, fragments=2, delay=1, wire="bf16")
+        stepper = LocalStepper(inner, model, Background(Rounding(peers)), sync)
+        stepper.begin()
+        for step in range(16):
+            stepper.run(step, feed.plan(step), range(peers.rank, peers.rank + 1), False)
+        residuals = stepper.own_state()["residuals"]
+        assert all(float(residual.abs().max()) > 0 for residual in residuals)
+        shared = [weights.clone() for weights in stepper.state()["weights"]]
+        stepper.close()
+        return shared
+
+    first, second = together(2, act)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 # --- buffers ---------------------------------------------------------------------------------------------------------
