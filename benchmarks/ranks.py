@@ -64,7 +64,7 @@ def ranks(command: Sequence[str], folder: Path, world: int, largest: int) -> Ite
 
 
 def mpi(python: str, world: int) -> tuple[str, list[str]]:
-    """Find the MPI of an interpreter: its name and the command that starts its ranks, or why it has none and nothing."""
+    """Find the MPI of an interpreter: its name and the command that starts its ranks, or why it has none."""
     beside = Path(python).parent / "mpiexec"
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if mpiexec is None:
