@@ -6,7 +6,8 @@ the backend out, the one asked for takes its place, in the driver and in every p
 not even registered: what passes was carried by us.
 
 Tests are changed in nothing else, but one cluster serves all those of a file, where some files start one for each test.
-Prints the tests that fail, those left out and why, and the counts. Takes some minutes.
+Prints the tests that fail, those left out and why, and the counts. Each of some 180 tests starts two actors: this takes
+a quarter of an hour and more on two cores.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def main() -> int:
     asked = parser.parse_args()
     folder = asked.folder.resolve()
     files = sorted(folder.glob("single_node_cpu_tests/test_*.py"))
-    files += folder.parents[2].glob("tests/test_util_collective_gloo.py")
+    top = folder.parents[2]
+    files += top.glob("tests/test_util_collective_gloo.py")
     if not files:
         parser.error(f"{folder} has no tests. Give python/ray/util/collective/tests of a checkout of Ray.")
 
@@ -62,8 +64,9 @@ def main() -> int:
     provide_package(folder)
 
     plugin = Plugin(asked.backend)
-    settings = ["-c", os.devnull, "--rootdir", str(folder), "--noconftest", "--import-mode=importlib", "--timeout=180"]
-    code = pytest.main([*settings, "-q", "-rf", "-p", "no:cacheprovider", "-k", asked.k, *map(str, files)], [plugin])
+    settings = ["-c", os.devnull, "--rootdir", str(top), "--noconftest", "--import-mode=importlib", "--timeout=180"]
+    shown = ["-v", "-rf", "--tb=short", "-p", "no:cacheprovider"]
+    code = pytest.main([*settings, *shown, "-k", asked.k, *map(str, files)], [plugin])
     for name, reason in plugin.left_out:
         print(f"left out {name}: {reason}")
     counts = ", ".join(f"{plugin.outcomes.count(outcome)} {outcome}" for outcome in ("passed", "failed"))
