@@ -6,14 +6,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-BENCHMARKS := first_step throughput checkpoint_stall report_cost memory allreduce network local_steps
+BENCHMARKS := first_step throughput checkpoint_stall report_cost memory allreduce train_step network local_steps
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # all targets share .venv, and tests measure time
-.PHONY: help demo test check lint format bench conformance clean
+.PHONY: help demo test check lint format bench conformance conformance-ray clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## train a small network on handwritten digits with 2 workers
 	$(BIN)/python jobs/train_digits.py --workers 2
@@ -41,6 +41,11 @@ conformance: $(VENV)/.dev ## run torch's own tests of process groups on our back
 	$(INSTALL) expecttest # of torch's tests
 	$(BIN)/python tests/conformance/torch_distributed.py lepton
 	-$(BIN)/python tests/conformance/torch_distributed.py gloo # for comparison: it fails some
+
+conformance-ray: $(VENV)/.dev ## run Ray's tests of its collective API on Gloo and ours (some minutes)
+	@test -d "$(RAY_TESTS)" || { echo "Use: make $@ RAY_TESTS=<checkout of Ray>/python/ray/util/collective/tests"; exit 2; }
+	-$(BIN)/python tests/conformance/ray_collective.py gloo "$(RAY_TESTS)"
+	$(BIN)/python tests/conformance/ray_collective.py lepton "$(RAY_TESTS)"
 
 clean: ## remove .venv and everything that tools left behind
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache ./*.egg-info

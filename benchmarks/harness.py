@@ -20,9 +20,9 @@ from importlib.metadata import PackageNotFoundError, version
 PACKAGES = ("torch", "ray", "numpy", "keras", "safetensors")
 
 
-def arguments(doc: str, *, quick: str) -> argparse.Namespace:
-    """Read --rounds and --quick. doc: of the script. quick: what the short form does."""
-    options = argparse.ArgumentParser(description=doc.splitlines()[0])
+def arguments(doc: str, *, quick: str, parents: Sequence[argparse.ArgumentParser] = ()) -> argparse.Namespace:
+    """Read --rounds and --quick. doc: of the script. quick: what the short form does. parents: have further options."""
+    options = argparse.ArgumentParser(description=doc.splitlines()[0], parents=list(parents))
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--quick", action="store_true", help=quick)
     return options.parse_args()
@@ -63,25 +63,36 @@ def machine() -> dict[str, object]:
     }
 
 
-def report(benchmark: str, ours: str, measured: Mapping[str, Mapping[str, Sequence[float]]], **more: object) -> None:
+def report(
+    benchmark: str,
+    ours: str,
+    measured: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    targets: Mapping[str, float],
+    **more: object,
+) -> None:
     """Print a table, and the same as one JSON line (the last line).
 
     measured: what was measured -> method -> figures by round. ours: the method that the others are compared with.
-    more: further facts for the JSON line, such as targets.
+    targets: what was aimed at -> what was found. more: further facts for the JSON line.
     """
     figures: dict[str, dict[str, dict[str, object]]] = {}
     for what, methods in measured.items():
-        print(f"\n{what:<34}{'median':>10}{'least':>10}{'most':>10}{'ours/this':>11}")
+        print(f"\n{what:<40}{'median':>12}{'least':>12}{'most':>12}{'ours/this':>11}")
         figures[what] = {}
         for name, seconds in methods.items():
             has_ratio = ours in methods and name != ours and min(seconds) > 0
             ratio = median_ratio(methods[ours], seconds) if has_ratio else None
             median = statistics.median(seconds)
             shown = "" if ratio is None else f"{ratio:.2f}"
-            print(f"  {name:<32}{median:>10.4f}{min(seconds):>10.4f}{max(seconds):>10.4f}{shown:>11}")
+            print(f"  {name:<38}{median:>12.4f}{min(seconds):>12.4f}{max(seconds):>12.4f}{shown:>11}")
             figures[what][name] = {"median": median, "rounds": list(seconds), "ours_to_this": ratio}
+    print("\ntargets")
+    for name, found in targets.items():
+        print(f"  {name:<66}{found:>8.2f}")
     print()
-    print(json.dumps({"benchmark": benchmark, "ours": ours, "figures": figures, **more, "machine": machine()}))
+    line = {"benchmark": benchmark, "ours": ours, "figures": figures, "targets": targets, **more, "machine": machine()}
+    print(json.dumps(line))
 
 
 def _cpu_model() -> str:

@@ -30,9 +30,10 @@ def script(name: str, *arguments: str) -> list[str]:
     return [sys.executable, str(HERE / "peers" / name), *arguments]
 
 
-def torchrun(name: str, workers: int) -> list[str]:
+def torchrun(name: str, workers: int, *arguments: str) -> list[str]:
     """Return the command of a peer whose workers are started by torchrun."""
-    return [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(workers), str(HERE / "peers" / name)]
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(workers)]
+    return [*command, str(HERE / "peers" / name), *arguments]
 
 
 @dataclass
