@@ -17,6 +17,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from urllib.parse import quote
 from weakref import WeakValueDictionary
@@ -90,6 +91,10 @@ def allreduce(group_name: str, tensor: Tensor, wire: str = Wire.FP32.value, feed
 def explain(group_name: str, size_bytes: int) -> str:
     """Say how a group of this process sums so many bytes, and why; see `Group.explain`."""
     return _forming_or_formed[group_name].formed.explain(size_bytes)
+
+
+class _Unlike(ConfigError, RuntimeError):
+    """Tensors that do not belong together: a RuntimeError where Ray's own backends raise one."""
 
 
 class LeptonGroup(BaseGroup):
@@ -243,10 +248,10 @@ class LeptonGroup(BaseGroup):
     def _check_alike(self, call: str, tensors: Sequence[Tensor], model: Tensor) -> None:
         """Check a list that holds one tensor for each rank."""
         if len(tensors) != self._world_size:
-            raise ConfigError(f"{call} got a list of {len(tensors)} tensors for {self._world_size} ranks.")
+            raise _Unlike(f"{call} got a list of {len(tensors)} tensors for {self._world_size} ranks.")
         for each in tensors:
             if tuple(each.shape) != tuple(model.shape) or _dtype_name(each) != _dtype_name(model):
-                raise ConfigError(
+                raise _Unlike(
                     f"{call} got a tensor of shape {tuple(each.shape)} and dtype {each.dtype} beside one of shape "
                     f"{tuple(model.shape)} and dtype {model.dtype}: all must be alike."
                 )
@@ -261,15 +266,28 @@ def _flat(tensor: Tensor, *, is_written: bool = True) -> tuple[Array, Callable[[
         return flat(tensor, is_written=is_written)
     if isinstance(tensor, np.ndarray):
         if is_written and not tensor.flags.writeable:
-            raise ConfigError(
-                "the collective would write its result into a read-only array (such as ray.get returns). Use x.copy()."
-            )
+            tensor = _opened(tensor)
         if tensor.flags.c_contiguous:
             return tensor.reshape(-1), _nothing
         contiguous = np.ascontiguousarray(tensor)
         back = partial(np.copyto, tensor, contiguous)
         return contiguous.reshape(-1), back if is_written else _nothing
     raise ConfigError(f"the collective got a {type(tensor).__name__}: expected a torch tensor or a numpy array.")
+
+
+def _opened(tensor: Array) -> Array:
+    """Show a read-only array that came through Ray, such as an actor's argument, as one that can be written.
+
+    Ray's own backends write into those too, and programs that were written for them count on it. A large one lies in
+    the object store: whoever else holds the object sees it change.
+    """
+    owner: object = tensor
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if type(owner).__module__ != "ray._raylet":
+        raise ConfigError("the collective would write its result into a read-only array. Use x.copy().")
+    memory = {**tensor.__array_interface__, "data": (tensor.__array_interface__["data"][0], False)}
+    return np.asarray(SimpleNamespace(__array_interface__=memory, owner=tensor))
 
 
 def _nothing() -> None:

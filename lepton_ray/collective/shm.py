@@ -120,7 +120,8 @@ class SharedMemory:
         begun = self._begin(header, array)
         if begun.way is Way.COPY:
             part = slice(bounds[self._rank], bounds[self._rank + 1])
-            _sum_up([each[part] for each in begun.arrays], array[part], op)
+            if part.start < part.stop:  # numpy refuses even to write nothing into a read-only array
+                _sum_up([each[part] for each in begun.arrays], array[part], op)
         else:
             self._reduce_parts(begun, array, bounds, op)
 

@@ -56,20 +56,22 @@ def check_all(rank_rows: Array, op: str, ways: list[str], root: int) -> None:
     reduced = OPS[op].apply.reduce(rank_rows, 0, dtype=rank_rows.dtype)
     bounds = chunk_bounds(count, world)
 
-    def fresh() -> Array:
-        return array_like(group, own, way)
+    def fresh(*, is_written: bool = True) -> Array:
+        array = array_like(group, own, way)
+        array.flags.writeable = is_written
+        return array
 
     array = fresh()
     group.allreduce(array, OPS[op])
     np.testing.assert_array_equal(array, reduced)
     np.testing.assert_array_equal(group.reducescatter(fresh(), OPS[op]), reduced[bounds[rank] : bounds[rank + 1]])
-    array = fresh()
+    array = fresh(is_written=rank == root)
     group.reduce(array, root, OPS[op])
     np.testing.assert_array_equal(array, reduced if rank == root else own)
-    array = fresh()
+    array = fresh(is_written=rank != root)
     group.broadcast(array, root)
     np.testing.assert_array_equal(array, rank_rows[root])
-    array = fresh()
+    array = fresh(is_written=False)
     np.testing.assert_array_equal(group.allgather(array), rank_rows)
     np.testing.assert_array_equal(array, own)
     group.barrier()
