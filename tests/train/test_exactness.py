@@ -103,6 +103,21 @@ def test_a_spectral_norm_stays_one(spectral: Callable[[nn.Module], nn.Module], s
     assert float(torch.linalg.matrix_norm(first.weight.detach(), 2)) == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sparse_gradients_are_summed_as_dense_ones(ranks: int, storage: str) -> None:
+    words = np.random.default_rng(0).integers(0, 30, (SAMPLES, 4))
+
+    def weights(name: str, is_sparse: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        embedding = nn.Embedding(30, 6, sparse=is_sparse)
+        model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(24, CLASSES)).double()
+        batch = Batch(samples=12, microbatches=4)
+        run_job(model, (words, Y), storage=storage, name=name, num_workers=ranks, batch=batch, optimizer=sgd, epochs=2)
+        return embedding.weight.detach()
+
+    torch.testing.assert_close(weights("sparse", True), weights("dense", False), rtol=1e-12, atol=0)
+
+
 def test_a_short_last_batch_leaves_no_microbatch_of_one_sample(storage: str) -> None:
     """25 = 16 + 9 samples; torch's BatchNorm refuses to learn from one."""
     model = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES)).double()
