@@ -120,7 +120,7 @@ class SharedMemory:
         begun = self._begin(header, array)
         if begun.way is Way.COPY:
             part = slice(bounds[self._rank], bounds[self._rank + 1])
-            if part.start < part.stop:  # numpy refuses even to write nothing into a read-only array
+            if part.start < part.stop:  # an array of nothing may be a read-only one
                 _sum_up([each[part] for each in begun.arrays], array[part], op)
         else:
             self._reduce_parts(begun, array, bounds, op)
@@ -397,4 +397,5 @@ def _sum_up(parts: Sequence[Array], out: Array, op: Reduction) -> None:
 
 def _copy(source: Array, target: Array) -> None:
     """Copy as bytes: numpy copies dtypes of its users field by field."""
-    target.view(np.uint8)[:] = source.view(np.uint8)
+    if target.size:  # numpy refuses even to write nothing into a read-only array
+        target.view(np.uint8)[:] = source.view(np.uint8)
