@@ -25,7 +25,9 @@ from lepton_ray.collective.calls import (
     SUM,
     Array,
     Reduction,
+    check_rows,
 )
+from lepton_ray.collective.layout import cut
 from lepton_ray.collective.measure import measure
 from lepton_ray.collective.mesh import Exchange
 from lepton_ray.collective.probe import probe
@@ -163,19 +165,37 @@ class Group(Ring):
                 return rows
         if self._shared is None:
             return super().allgather(array)
+        rows = np.empty((self.world, array.size), array.dtype)
+        self.allgather_into(list(rows), array)
+        return rows
+
+    def allgather_into(self, rows: Sequence[Array], array: Array) -> None:
+        if self._shared is None:
+            super().allgather_into(rows, array)
+            return
+        check_rows(ALLGATHER, self.world, rows, array)
         with self._operation(ALLGATHER, array) as header:
-            return self._shared.allgather(header, array)
+            self._shared.allgather(header, array, rows)
 
     def reducescatter(self, array: Array, op: Reduction = SUM) -> Array:
         if self._shared is None and (self._across is None or not self._across.is_even):
             return super().reducescatter(array, op)
         bounds = chunk_bounds(array.size, self.world)
+        own = array[bounds[self.rank] : bounds[self.rank + 1]]
         with self._operation(REDUCE_SCATTER, array, op=op) as header:
             if self._shared is not None:
-                self._shared.reducescatter(header, array, bounds, op)
+                self._shared.reducescatter(header, cut(array, bounds), own, op)
             elif self._across is not None:
                 self._across.reducescatter(header, array, bounds, op)
-        return array[bounds[self.rank] : bounds[self.rank + 1]]
+        return own
+
+    def reducescatter_into(self, out: Array, parts: Sequence[Array], op: Reduction = SUM) -> None:
+        if self._shared is None:
+            super().reducescatter_into(out, parts, op)
+            return
+        check_rows(REDUCE_SCATTER, self.world, parts, out)
+        with self._operation(REDUCE_SCATTER, out, op=op, count=out.size * self.world) as header:
+            self._shared.reducescatter(header, parts, out, op)
 
     def broadcast(self, array: Array, root: int = 0) -> None:
         if self._shared is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -212,9 +212,8 @@ class LeptonGroup(BaseGroup):
         self._check_alike("allgather", outputs, tensor[0])
         targets = [_flat(output) for output in outputs]
         array, _ = _flat(tensor[0], is_written=False)
-        rows = self.formed.allgather(array)
-        for (target, finish), row in zip(targets, rows):
-            target[:] = row
+        self.formed.allgather_into([target for target, _ in targets], array)
+        for _, finish in targets:
             finish()
 
     def reducescatter(
@@ -224,10 +223,7 @@ class LeptonGroup(BaseGroup):
         self._check_alike("reducescatter", inputs, tensor[0])
         op = _reduction(tensor[0], reducescatter_options)
         output, finish = _flat(tensor[0])
-        joined = np.empty((self._world_size, output.size), output.dtype)
-        for row, each in zip(joined, inputs):
-            row[:] = _flat(each, is_written=False)[0]
-        output[:] = self.formed.reducescatter(joined.reshape(-1), op)
+        self.formed.reducescatter_into(output, [_flat(each, is_written=False)[0] for each in inputs], op)
         finish()
 
     def send(self, tensor: list[Tensor], send_options: Options) -> None:
@@ -250,7 +246,10 @@ class LeptonGroup(BaseGroup):
         if len(tensors) != self._world_size:
             raise _Unlike(f"{call} got a list of {len(tensors)} tensors for {self._world_size} ranks.")
         for each in tensors:
-            if tuple(each.shape) != tuple(model.shape) or _dtype_name(each) != _dtype_name(model):
+            is_like = each.shape == model.shape and (
+                each.dtype == model.dtype or _dtype_name(each) == _dtype_name(model)
+            )
+            if not is_like:
                 raise _Unlike(
                     f"{call} got a tensor of shape {tuple(each.shape)} and dtype {each.dtype} beside one of shape "
                     f"{tuple(model.shape)} and dtype {model.dtype}: all must be alike."
@@ -304,11 +303,15 @@ _PLAIN = {ReduceOp.SUM: SUM, ReduceOp.PRODUCT: PRODUCT, ReduceOp.MIN: MIN, Reduc
 def _reduction(tensor: Tensor, options: Options) -> Reduction:
     """Read the reduction from options that a caller has set. Defaults mean nothing: Ray's allreduce writes its op into
     the options class, whose fresh instances then carry it."""
-    op = options.reduceOp if options is not None else ReduceOp.SUM
+    return _reduction_of(options.reduceOp if options is not None else ReduceOp.SUM, tensor.dtype)
+
+
+@cache  # it takes as long as a small sum
+def _reduction_of(op: ReduceOp, dtype: torch.dtype | np.dtype) -> Reduction:
     if op not in _PLAIN:
         raise ConfigError(f"the collective got op={op!r}: expected one of {', '.join(each.name for each in _PLAIN)}.")
-    if isinstance(tensor, torch.Tensor):
-        return reduction_of(_PLAIN[op], tensor.dtype)
-    if tensor.dtype.kind == "c" and op in (ReduceOp.MIN, ReduceOp.MAX):
-        raise ConfigError(f"the collective got op={op.name} for {tensor.dtype}: complex numbers have no order.")
+    if isinstance(dtype, torch.dtype):
+        return reduction_of(_PLAIN[op], dtype)
+    if dtype.kind == "c" and op in (ReduceOp.MIN, ReduceOp.MAX):
+        raise ConfigError(f"the collective got op={op.name} for {dtype}: complex numbers have no order.")
     return _PLAIN[op]
