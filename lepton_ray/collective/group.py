@@ -19,6 +19,7 @@ from lepton_ray.collective.calls import (
     ALLGATHER,
     ALLREDUCE,
     BARRIER,
+    BOR,
     BROADCAST,
     REDUCE,
     REDUCE_SCATTER,
@@ -29,6 +30,7 @@ from lepton_ray.collective.calls import (
 )
 from lepton_ray.collective.layout import cut
 from lepton_ray.collective.measure import measure
+from lepton_ray.collective.memory import copy
 from lepton_ray.collective.mesh import Exchange
 from lepton_ray.collective.probe import probe
 from lepton_ray.collective.ring import Ring
@@ -36,7 +38,7 @@ from lepton_ray.collective.shm import SharedMemory
 from lepton_ray.collective.wire import Feedback
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.ring import chunk_bounds
-from lepton_ray.plan.transport import Route, Speeds, Wire, choose, explain, lossy_route
+from lepton_ray.plan.transport import Route, Speeds, Wire, choose, explain, goes_straight, lossy_route
 
 _WIRES = [wire.value for wire in Wire]
 _AUTO = "auto"
@@ -198,6 +200,16 @@ class Group(Ring):
             self._shared.reducescatter(header, parts, out, op)
 
     def broadcast(self, array: Array, root: int = 0) -> None:
+        if self._goes_straight(array):
+            # Bytes of everybody, of which all but those of the root are zero.
+            joined = np.zeros(array.nbytes, np.uint8)
+            if self.rank == root:
+                joined[:] = array.view(np.uint8)
+            with self._operation(BROADCAST, array, root=root) as header:
+                self._exchange_nodes(header, joined, BOR)
+            if self.rank != root:
+                copy(joined, array)
+            return
         if self._shared is None:
             super().broadcast(array, root)
             return
@@ -205,11 +217,27 @@ class Group(Ring):
             self._shared.broadcast(header, array, root)
 
     def reduce(self, array: Array, root: int = 0, op: Reduction = SUM) -> None:
+        if self._goes_straight(array):
+            total = array.copy()
+            with self._operation(REDUCE, array, root=root, op=op) as header:
+                self._exchange_nodes(header, total, op)
+            if self.rank == root:
+                copy(total, array)
+            return
         if self._shared is None:
             super().reduce(array, root, op)
             return
         with self._operation(REDUCE, array, root=root, op=op) as header:
             self._shared.reduce(header, array, root, op)
+
+    def _goes_straight(self, array: Array) -> bool:
+        if self._across is None or self._speeds is None:
+            return False
+        return goes_straight(array.nbytes, self._across.counts, self._speeds)
+
+    def _exchange_nodes(self, header: bytes, array: Array, op: Reduction) -> None:
+        assert self._across is not None
+        self._across.allreduce(header, array, op, Route.EXCHANGE, Wire.FP32, None)
 
     def barrier(self) -> None:
         if self._shared is None and self._across is None:
