@@ -64,9 +64,10 @@ class Group(Ring):
         secret: bytes,
         timeout_s: float = 60,
         host: str = "127.0.0.1",
+        identity: bytes | None = None,
         node: str = "",
     ) -> None:
-        super().__init__(rank, world, secret=secret, timeout_s=timeout_s, host=host)
+        super().__init__(rank, world, secret=secret, timeout_s=timeout_s, host=host, identity=identity)
         self._node = node
 
     def form(self, exchange: Exchange) -> None:

@@ -1,8 +1,8 @@
 """Measure, while a group forms, what `plan.transport` decides by: the network between nodes, memory, and codecs.
 
 A few messages, and transfers that grow as long as they are quick. On a link of 1 Gbit/s that takes about 25 ms; on one
-of 1 Mbit/s half a second. All ranks take part and end with the same figures. What a process can do by itself it measures
-once: its next group, perhaps of survivors who want to go on, takes it as it was.
+of 1 Mbit/s half a second. All ranks take part and end with the same figures. A process measures itself once: its next
+group, perhaps of survivors who want to go on, takes what was found.
 """
 
 from __future__ import annotations

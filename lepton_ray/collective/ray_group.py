@@ -33,12 +33,14 @@ from ray.util.collective.types import ReduceOp
 from lepton_ray.collective.calls import MAX, MIN, PRODUCT, SUM, Array, Reduction
 from lepton_ray.collective.group import Group
 from lepton_ray.collective.tensors import flat, reduction_of
+from lepton_ray.collective.tls import make_identity
 from lepton_ray.collective.wire import Feedback
 from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout
 from lepton_ray.plan.transport import Wire
 
 BACKEND = "LEPTON"
 _NAMESPACE = b"lepton"
+_SECRET_BYTES = 32
 _POLL_S = 0.002  # the key-value store has no way to wait for a key
 
 Tensor = Any  # torch.Tensor or np.ndarray, as Ray's API hands it over
@@ -47,14 +49,18 @@ Options = Any  # Ray hands over an instance, its class, or nothing
 _forming_or_formed: WeakValueDictionary[str, LeptonGroup] = WeakValueDictionary()
 
 
-def register(timeout_s: float | None = None) -> None:
+def register(timeout_s: float | None = None, tls: bool | None = None) -> None:
     """Make the backend known to Ray in this process: the driver's and each actor's. May be called again.
 
     timeout_s: how long the groups that this process forms from now on wait without progress; Ray has no way to pass it
     to a backend of our own. None leaves it as it is, 60 s at first.
+    tls: whether these groups encrypt what leaves a process over TCP. Needs the package cryptography on rank 0, whose
+    choice counts; a rank that asks for it takes part in no group without. None leaves it as it is, False at first.
     """
     if timeout_s is not None:
         LeptonGroup.timeout_s = timeout_s
+    if tls is not None:
+        LeptonGroup.tls = tls
     if not _global_registry.is_registered(BACKEND):
         register_collective_backend(BACKEND, LeptonGroup)
 
@@ -101,6 +107,7 @@ class LeptonGroup(BaseGroup):
     """One process's part of a group. Made by Ray, in an actor or task."""
 
     timeout_s: ClassVar[float] = 60
+    tls: ClassVar[bool] = False
 
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
@@ -114,13 +121,18 @@ class LeptonGroup(BaseGroup):
             return
         try:
             if rank == 0:
-                secret = secrets.token_bytes(32)
-                internal_kv._internal_kv_put(prefix + "secret", secret, overwrite=True, namespace=_NAMESPACE)
+                known = secrets.token_bytes(_SECRET_BYTES) + (make_identity() if self.tls else b"")
+                internal_kv._internal_kv_put(prefix + "secret", known, overwrite=True, namespace=_NAMESPACE)
             else:
-                secret = self._await_key(prefix + "secret", "rank 0", deadline_s)
-            self._group = Group(
-                rank, world_size, secret=secret, timeout_s=self.timeout_s, host=ray.util.get_node_ip_address()
-            )
+                known = self._await_key(prefix + "secret", "rank 0", deadline_s)
+            secret, identity = known[:_SECRET_BYTES], known[_SECRET_BYTES:] or None
+            if self.tls and identity is None:
+                raise ConfigError(
+                    f"rank {rank} of group {group_name!r} asks for TLS, and rank 0 does not. "
+                    "Call register(tls=True) in the processes of all ranks."
+                )
+            host = ray.util.get_node_ip_address()
+            self._group = Group(rank, world_size, secret=secret, timeout_s=self.timeout_s, host=host, identity=identity)
             if self._aborted is not None:
                 self._group.abort(self._aborted)
 

@@ -68,17 +68,27 @@ class Ring:
     different calls; each of these ends the group. `close` may be called at any time and more than once.
 
     secret: the same for all ranks of this group and for nobody else; peers prove that they hold it before a byte of
-    theirs is used. The data that follow are neither encrypted nor signed.
+    theirs is used. identity: the same for all, of `tls.make_identity`; without it, the data that follow are neither
+    encrypted nor signed.
     host: the address of this machine that the other ranks can reach.
     """
 
-    def __init__(self, rank: int, world: int, *, secret: bytes, timeout_s: float = 60, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        *,
+        secret: bytes,
+        timeout_s: float = 60,
+        host: str = "127.0.0.1",
+        identity: bytes | None = None,
+    ) -> None:
         if not 0 <= rank < world:
             raise ConfigError(f"Ring(rank={rank}, world={world}): expected 0 <= rank < world.")
         if timeout_s <= 0:
             raise ConfigError(f"Ring(timeout_s={timeout_s}): expected seconds > 0.")
         self.rank, self.world = rank, world
-        self._mesh = Mesh(rank, world, secret, host, timeout_s)
+        self._mesh = Mesh(rank, world, secret, host, timeout_s, identity)
         self._row = Row(self._mesh, range(world), self._expect)
         self._scratch = np.empty(0, np.uint8)
         self._calls = 0

@@ -348,6 +348,41 @@ def test_abort_reaches_a_group_that_waits_and_one_that_still_forms(actors: list[
     assert keys() == []
 
 
+def demand_tls(rank: int, ranks: list[int], timeout_s: float) -> None:
+    from lepton_ray.collective import register
+
+    register(timeout_s, tls=rank in ranks)
+
+
+def kinds_of_links(rank: int, group: str) -> set[str]:
+    from lepton_ray.collective import ray_group
+
+    formed = ray_group._forming_or_formed[group].formed
+    return {type(link).__name__ for link in formed._mesh.links.values()}
+
+
+def test_connections_are_encrypted_where_rank_0_says_so_and_nobody_who_wants_it_does_without(actors: list[Any]) -> None:
+    import ray
+
+    from lepton_ray.errors import ConfigError
+
+    try:
+        for ranks in ([0], [0, 1]):
+            everywhere(actors, demand_tls, ranks, 20)
+            everywhere(actors, join, WORLD, "sealed")
+            assert everywhere(actors, kinds_of_links, "sealed") == [{"SealedLink"}] * WORLD
+            assert everywhere(actors, sum_in, ["sealed"]) == [[3.0]] * WORLD
+            everywhere(actors, leave, "sealed")
+        everywhere(actors, demand_tls, [1], 1)
+        joining = [actor.call.remote(join, rank, WORLD, "half sealed") for rank, actor in enumerate(actors)]
+        with pytest.raises(ConfigError, match="asks for TLS, and rank 0 does not"):
+            ray.get(joining[1], timeout=20)
+        ray.wait(joining, num_returns=2, timeout=20)
+        assert keys() == []
+    finally:
+        everywhere(actors, demand_tls, [], 60)
+
+
 def test_a_rank_that_never_comes_is_named(actors: list[Any]) -> None:
     import ray
 
