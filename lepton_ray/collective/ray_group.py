@@ -4,8 +4,9 @@
     ray.util.collective.init_collective_group(world, rank, backend="LEPTON", group_name="job/1")
     ray.util.collective.allreduce(tensor, group_name="job/1")
 
-Ray's API takes torch tensors and numpy arrays. CPU tensors that are contiguous are reduced where they lie; others, and
-tensors on an accelerator, travel through a contiguous copy in host memory. The fastest lie in memory from `empty`.
+Ray's API takes torch tensors and numpy arrays. CPU tensors that are contiguous are reduced where they lie; others go
+through a contiguous copy. The fastest lie in memory from `empty`. Tensors on an accelerator go by what torch has for it
+(`accelerator`), and where that is nothing, through host memory.
 
 Ranks meet through Ray's internal key-value store. The keys live only while the group is being formed. The name of a
 group that failed is spent: put a generation into it.
@@ -30,6 +31,7 @@ from ray.util.collective.backend_registry import _global_registry, register_coll
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 from ray.util.collective.types import ReduceOp
 
+from lepton_ray.collective.accelerator import Accelerator, KeyStore, backend_for
 from lepton_ray.collective.calls import MAX, MIN, PRODUCT, SUM, Array, Reduction
 from lepton_ray.collective.group import Group
 from lepton_ray.collective.tensors import flat, reduction_of
@@ -40,7 +42,7 @@ from lepton_ray.plan.transport import Wire
 
 BACKEND = "LEPTON"
 _NAMESPACE = b"lepton"
-_SECRET_BYTES = 32
+_SECRET_BYTES, _NONCE_BYTES = 32, 16
 _POLL_S = 0.002  # the key-value store has no way to wait for a key
 
 Tensor = Any  # torch.Tensor or np.ndarray, as Ray's API hands it over
@@ -103,16 +105,40 @@ class _Unlike(ConfigError, RuntimeError):
     """Tensors that do not belong together: a RuntimeError where Ray's own backends raise one."""
 
 
+class _Keys:
+    """Keys in Ray's store, under a prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def put(self, key: str, value: bytes) -> None:
+        internal_kv._internal_kv_put(self.prefix + key, value, overwrite=True, namespace=_NAMESPACE)
+
+    def find(self, key: str) -> bytes | None:
+        found = internal_kv._internal_kv_get(self.prefix + key, namespace=_NAMESPACE)
+        return None if found is None else bytes(found)
+
+    def delete(self, key: str) -> bool:
+        return bool(internal_kv._internal_kv_del(self.prefix + key, namespace=_NAMESPACE))
+
+    def clear(self) -> None:
+        internal_kv._internal_kv_del(self.prefix, del_by_prefix=True, namespace=_NAMESPACE)
+
+
 class LeptonGroup(BaseGroup):
     """One process's part of a group. Made by Ray, in an actor or task."""
 
     timeout_s: ClassVar[float] = 60
     tls: ClassVar[bool] = False
+    host_devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
+    """Kinds of devices whose tensors lie in host memory."""
 
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
         self._aborted: str | None = None
         self._group: Group | None = None
+        self._accelerators: dict[str, Accelerator | None] = {}
+        self._keys = _Keys(f"collective/{quote(group_name, safe='')}/accelerators/")
         _forming_or_formed[group_name] = self
         prefix = f"collective/{quote(group_name, safe='')}/"
         deadline_s = time.monotonic() + self.timeout_s
@@ -190,6 +216,9 @@ class LeptonGroup(BaseGroup):
         return torch.from_numpy(memory).view(dtype)
 
     def destroy_group(self) -> None:
+        for accelerator in filter(None, self._accelerators.values()):
+            accelerator.abort()
+            self._keys.clear()
         if self._group is not None:
             self._group.close()
         if _forming_or_formed.get(self._group_name) is self:
@@ -197,6 +226,9 @@ class LeptonGroup(BaseGroup):
 
     def allreduce(self, tensor: list[Tensor], allreduce_options: Options = None) -> None:
         op = _reduction(tensor[0], allreduce_options)
+        if (accelerator := self._accelerator(tensor[0])) is not None:
+            accelerator.allreduce(tensor[0], op.name)
+            return
         array, finish = _flat(tensor[0])
         self.formed.allreduce(array, op)
         finish()
@@ -207,12 +239,18 @@ class LeptonGroup(BaseGroup):
     def reduce(self, tensor: list[Tensor], reduce_options: Options = None) -> None:
         root = reduce_options.root_rank if reduce_options is not None else 0
         op = _reduction(tensor[0], reduce_options)
+        if (accelerator := self._accelerator(tensor[0])) is not None:
+            accelerator.reduce(tensor[0], root, op.name)
+            return
         array, finish = _flat(tensor[0], is_written=root == self._rank)
         self.formed.reduce(array, root, op)
         finish()
 
     def broadcast(self, tensor: list[Tensor], broadcast_options: Options = None) -> None:
         root = broadcast_options.root_rank if broadcast_options is not None else 0
+        if (accelerator := self._accelerator(tensor[0])) is not None:
+            accelerator.broadcast(tensor[0], root)
+            return
         array, finish = _flat(tensor[0], is_written=root != self._rank)
         self.formed.broadcast(array, root)
         finish()
@@ -222,6 +260,9 @@ class LeptonGroup(BaseGroup):
     ) -> None:
         outputs = tensor_list[0]
         self._check_alike("allgather", outputs, tensor[0])
+        if (accelerator := self._accelerator(tensor[0])) is not None:
+            accelerator.allgather(outputs, tensor[0])
+            return
         targets = [_flat(output) for output in outputs]
         array, _ = _flat(tensor[0], is_written=False)
         self.formed.allgather_into([target for target, _ in targets], array)
@@ -234,15 +275,24 @@ class LeptonGroup(BaseGroup):
         inputs = tensor_list[0]
         self._check_alike("reducescatter", inputs, tensor[0])
         op = _reduction(tensor[0], reducescatter_options)
+        if (accelerator := self._accelerator(tensor[0])) is not None:
+            accelerator.reducescatter(tensor[0], inputs, op.name)
+            return
         output, finish = _flat(tensor[0])
         self.formed.reducescatter_into(output, [_flat(each, is_written=False)[0] for each in inputs], op)
         finish()
 
     def send(self, tensor: list[Tensor], send_options: Options) -> None:
+        if (accelerator := self._agreed(tensor[0])) is not None:
+            accelerator.send(tensor[0], send_options.dst_rank)
+            return
         array, _ = _flat(tensor[0], is_written=False)
         self.formed.send(array, send_options.dst_rank)
 
     def recv(self, tensor: list[Tensor], recv_options: Options) -> None:
+        if (accelerator := self._agreed(tensor[0])) is not None:
+            accelerator.recv(tensor[0], recv_options.src_rank)
+            return
         array, finish = _flat(tensor[0])
         self.formed.recv(array, recv_options.src_rank)
         finish()
@@ -252,6 +302,30 @@ class LeptonGroup(BaseGroup):
         """Return the group behind Ray's."""
         assert self._group is not None  # Ray calls nothing before the constructor has returned
         return self._group
+
+    def _accelerator(self, tensor: Tensor) -> Accelerator | None:
+        """Return what carries tensors of this device; None for those in host memory, or that go through it."""
+        if isinstance(tensor, np.ndarray) or (device := tensor.device.type) in self.host_devices:
+            return None
+        if device not in self._accelerators:
+            self._accelerators[device] = self._agree_on(device)
+        return self._accelerators[device]
+
+    def _agreed(self, tensor: Tensor) -> Accelerator | None:
+        """The same for a message: two ranks alone cannot agree with all, and take what was agreed on before."""
+        return None if isinstance(tensor, np.ndarray) else self._accelerators.get(tensor.device.type)
+
+    def _agree_on(self, device: str) -> Accelerator | None:
+        """Make what all ranks have for a device, if they do."""
+        name = backend_for(device) or ""
+        said = secrets.token_bytes(_NONCE_BYTES) + name.encode().ljust(_NONCE_BYTES)
+        rows = self.formed.allgather(np.frombuffer(said[: 2 * _NONCE_BYTES], np.uint8))
+        if not name or len({row[_NONCE_BYTES:].tobytes() for row in rows}) > 1:
+            return None
+        # Keys of an earlier try are not those of this one.
+        keys = _Keys(f"{self._keys.prefix}{rows[0][:_NONCE_BYTES].tobytes().hex()}/")
+        store = KeyStore(keys, self.timeout_s)
+        return Accelerator(name, store, self._rank, self._world_size, self.timeout_s, self.formed.look)
 
     def _check_alike(self, call: str, tensors: Sequence[Tensor], model: Tensor) -> None:
         """Check a list that holds one tensor for each rank."""

@@ -112,6 +112,18 @@ class Ring:
         with self._operating:
             self._mesh.form(exchange)
 
+    def look(self) -> None:
+        """Raise PeerLost if the group has ended, or ends as a connection broke. For who waits for other things."""
+        if self._mesh.failure is None and self._operating.acquire(blocking=False):
+            try:  # or else whoever operates sees it
+                self._mesh.look()
+            except PeerLost as error:
+                self._mesh.end(str(error))
+            finally:
+                self._operating.release()
+        if self._mesh.failure is not None:
+            raise PeerLost(self._mesh.failure)
+
     def abort(self, reason: str = "aborted") -> None:
         """End the group from any thread. What blocks in it, here or on another rank, raises PeerLost at once."""
         self._mesh.end(reason)

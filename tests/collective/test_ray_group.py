@@ -348,6 +348,42 @@ def test_abort_reaches_a_group_that_waits_and_one_that_still_forms(actors: list[
     assert keys() == []
 
 
+def check_on_a_device(rank: int, group: str) -> None:
+    """With tensors of the CPU as if they lay elsewhere, and Gloo for them."""
+    import ray.util.collective as collective
+    import torch
+
+    from lepton_ray.collective import ray_group
+
+    formed = ray_group._forming_or_formed[group]
+    formed.host_devices = frozenset()
+    if rank == 0:  # two ranks alone do not begin with it
+        collective.send(torch.ones(3), 1, group)
+    else:
+        collective.recv(tensor := torch.zeros(3), 0, group)
+        assert tensor.eq(1).all()
+    for _ in range(2):
+        collective.allreduce(tensor := torch.full((3, 2), rank + 1.0).t(), group)
+        assert tensor.eq(3).all()
+        collective.broadcast(tensor := torch.full((3,), float(rank)), 1, group)
+        assert tensor.eq(1).all()
+        collective.reduce(tensor := torch.full((3,), rank + 1.0), 1, group)
+        assert rank == 0 or tensor.eq(3).all()
+        collective.allgather(rows := [torch.zeros(3) for _ in range(WORLD)], tensor.fill_(rank), group)
+        assert [row[0].item() for row in rows] == [0, 1]
+        collective.barrier(group)
+    assert [type(each).__name__ for each in formed._accelerators.values()] == ["Accelerator"]
+
+
+def test_tensors_of_an_accelerator_go_by_what_torch_has_for_it(actors: list[Any]) -> None:
+    everywhere(actors, join, WORLD, "device", 20)
+    everywhere(actors, check_on_a_device, "device")
+    assert keys() != []  # torch's, for as long as the group lives
+    everywhere(actors, leave, "device")
+    assert keys() == []
+    everywhere(actors, demand_tls, [], 60)
+
+
 def demand_tls(rank: int, ranks: list[int], timeout_s: float) -> None:
     from lepton_ray.collective import register
 
