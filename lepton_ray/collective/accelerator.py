@@ -76,13 +76,22 @@ class KeyStore(dist.Store):
 class Accelerator:
     """One rank's part. Operations are those of Ray's API, on tensors of one kind of device; they wait until it is done.
 
-    look: raises LeptonError when the group beside has failed. After an error, this has ended.
+    look: raises LeptonError when the group beside has failed. end: ends that with a reason, as an error here does, so
+    that the other ranks look no longer for what does not come.
     """
 
     def __init__(
-        self, name: str, store: dist.Store, rank: int, world: int, timeout_s: float, look: Callable[[], object]
+        self,
+        name: str,
+        store: dist.Store,
+        rank: int,
+        world: int,
+        *,
+        timeout_s: float,
+        look: Callable[[], object],
+        end: Callable[[str], object],
     ) -> None:
-        self._timeout_s, self._look = timeout_s, look
+        self._timeout_s, self._look, self._end = timeout_s, look, end
         limit = timedelta(seconds=timeout_s)
         plugin = dist.Backend._plugins.get(
             name.upper()
@@ -145,6 +154,7 @@ class Accelerator:
             work.wait()  # raises what went wrong; what follows on the device follows it
         except BaseException as error:
             self.abort()
+            self._end(f"{call} on an accelerator: {error}")
             if isinstance(error, RuntimeError) and not isinstance(error, LeptonError):
                 raise PeerLost(f"{call} on an accelerator failed: {error}") from error
             raise

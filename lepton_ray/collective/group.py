@@ -202,14 +202,14 @@ class Group(Ring):
 
     def broadcast(self, array: Array, root: int = 0) -> None:
         if self._goes_straight(array):
-            # Bytes of everybody, of which all but those of the root are zero.
-            joined = np.zeros(array.nbytes, np.uint8)
-            if self.rank == root:
-                joined[:] = array.view(np.uint8)
             with self._operation(BROADCAST, array, root=root) as header:
+                # Bytes of everybody, of which all but those of the root are zero.
+                joined = np.zeros(array.nbytes, np.uint8)
+                if self.rank == root:
+                    copy(array, joined)
                 self._exchange_nodes(header, joined, BOR)
-            if self.rank != root:
-                copy(joined, array)
+                if self.rank != root:
+                    copy(joined, array)
             return
         if self._shared is None:
             super().broadcast(array, root)
@@ -219,11 +219,11 @@ class Group(Ring):
 
     def reduce(self, array: Array, root: int = 0, op: Reduction = SUM) -> None:
         if self._goes_straight(array):
-            total = array.copy()
             with self._operation(REDUCE, array, root=root, op=op) as header:
+                total = array.copy()
                 self._exchange_nodes(header, total, op)
-            if self.rank == root:
-                copy(total, array)
+                if self.rank == root:
+                    copy(total, array)
             return
         if self._shared is None:
             super().reduce(array, root, op)

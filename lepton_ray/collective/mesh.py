@@ -102,7 +102,7 @@ class Mesh:
         self.watch = Watch(self.links.values())
 
     def _introduce(self, peer: int, host: str, port: int, deadline_s: float) -> socket.socket:
-        """Connect to a lower rank; both prove the secret. Raises TimeoutError, which is an OSError, as others are."""
+        """Connect to a lower rank; both prove the secret. Raises PeerLost or OSError."""
         connection = self._own(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM))
         connection.settimeout(max(0.001, deadline_s - time.monotonic()))
         nonce = os.urandom(_NONCE_BYTES)

@@ -325,7 +325,8 @@ class LeptonGroup(BaseGroup):
         # Keys of an earlier try are not those of this one.
         keys = _Keys(f"{self._keys.prefix}{rows[0][:_NONCE_BYTES].tobytes().hex()}/")
         store = KeyStore(keys, self.timeout_s)
-        return Accelerator(name, store, self._rank, self._world_size, self.timeout_s, self.formed.look)
+        look, end = self.formed.look, self.formed.abort
+        return Accelerator(name, store, self._rank, self._world_size, timeout_s=self.timeout_s, look=look, end=end)
 
     def _check_alike(self, call: str, tensors: Sequence[Tensor], model: Tensor) -> None:
         """Check a list that holds one tensor for each rank."""
