@@ -71,7 +71,8 @@ def serve(run: Run, rank: int, meeting: str) -> None:
         here, others = registered[:part], [spare[part * i : part * (i + 1)] for i in range(world - 1)]
         step = max(1024, min(BLOCK_BYTES, (1 << 20) // world) // 4)
         if has_kernel:
-            return lambda: kernel and kernel([here, *others])
+            addresses = [array.ctypes.data for array in (here, *others)]
+            return lambda: kernel and kernel(addresses, part)
         return lambda: stream(here, others, step)
 
     acts = {

@@ -78,7 +78,7 @@ class Across:
             self.row.allreduce(header, array, slice(0, array.size), op)
             return
         bounds = even_parts(array.size, self.sharing, array.itemsize)
-        bounds += [array.size] * (len(self._mine) - self.sharing)
+        bounds += (array.size,) * (len(self._mine) - self.sharing)
         opened = None if self.shared is None else self.shared.open(header, array, bounds, op)
         if self.lane is not None:
             lossy = self._lossy.get(wire)

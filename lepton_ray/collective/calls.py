@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,12 @@ CALLS = ("allreduce", "broadcast", "allgather", "reducescatter", "reduce", "send
 HEADER = struct.Struct("<4BIIQ")
 
 
-def header_of(call: int, array: Array, op: Reduction | None, root: int, number: int, wire: int = 0) -> bytes:
+def header_of(
+    call: int, dtype: np.dtype, count: int, op: Reduction | None, root: int, number: int, wire: int = 0
+) -> bytes:
     """Return what a rank says when it begins an operation. wire: code of a format, 0 for arrays as they are."""
-    dtype = array.dtype
-    return HEADER.pack(
-        call, (op.code if op else 0) | wire << 4, ord(dtype.kind), dtype.itemsize & 0xFF, root, number, array.size
-    )
+    how = (op.code if op else 0) | wire << 4
+    return HEADER.pack(call, how, ord(dtype.kind), dtype.itemsize & 0xFF, root, number, count)
 
 
 def check_array(call: int, array: Array) -> None:
@@ -61,6 +61,18 @@ def check_array(call: int, array: Array) -> None:
             f"{CALLS[call]} got an array of shape {array.shape} and dtype {dtype}: expected one dimension, "
             "C-contiguous, numbers in native byte order. Use np.ascontiguousarray(x).reshape(-1)."
         )
+
+
+def check_rows(call: int, world: int, rows: Sequence[Array], like: Array) -> None:
+    """Raise ConfigError for a list that does not hold, for each rank, an array like this one."""
+    if len(rows) != world:
+        raise ConfigError(f"{CALLS[call]} got a list of {len(rows)} arrays for {world} ranks.")
+    for row in rows:
+        check_array(call, row)
+        if row.size != like.size or row.dtype != like.dtype:
+            raise ConfigError(
+                f"{CALLS[call]} got {row.size} x {row.dtype} beside {like.size} x {like.dtype}: all must be alike."
+            )
 
 
 def mismatch(rank: int, own: bytes, peer: int, other: bytes) -> ConfigError:

@@ -19,14 +19,18 @@ from lepton_ray.collective.calls import (
     ALLGATHER,
     ALLREDUCE,
     BARRIER,
+    BOR,
     BROADCAST,
     REDUCE,
     REDUCE_SCATTER,
     SUM,
     Array,
     Reduction,
+    check_rows,
 )
+from lepton_ray.collective.layout import cut
 from lepton_ray.collective.measure import measure
+from lepton_ray.collective.memory import copy
 from lepton_ray.collective.mesh import Exchange
 from lepton_ray.collective.probe import probe
 from lepton_ray.collective.ring import Ring
@@ -34,7 +38,7 @@ from lepton_ray.collective.shm import SharedMemory
 from lepton_ray.collective.wire import Feedback
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.ring import chunk_bounds
-from lepton_ray.plan.transport import Route, Speeds, Wire, choose, explain, lossy_route
+from lepton_ray.plan.transport import Route, Speeds, Wire, choose, explain, goes_straight, lossy_route
 
 _WIRES = [wire.value for wire in Wire]
 _AUTO = "auto"
@@ -60,9 +64,10 @@ class Group(Ring):
         secret: bytes,
         timeout_s: float = 60,
         host: str = "127.0.0.1",
+        identity: bytes | None = None,
         node: str = "",
     ) -> None:
-        super().__init__(rank, world, secret=secret, timeout_s=timeout_s, host=host)
+        super().__init__(rank, world, secret=secret, timeout_s=timeout_s, host=host, identity=identity)
         self._node = node
 
     def form(self, exchange: Exchange) -> None:
@@ -163,21 +168,49 @@ class Group(Ring):
                 return rows
         if self._shared is None:
             return super().allgather(array)
+        rows = np.empty((self.world, array.size), array.dtype)
+        self.allgather_into(list(rows), array)
+        return rows
+
+    def allgather_into(self, rows: Sequence[Array], array: Array) -> None:
+        if self._shared is None:
+            super().allgather_into(rows, array)
+            return
+        check_rows(ALLGATHER, self.world, rows, array)
         with self._operation(ALLGATHER, array) as header:
-            return self._shared.allgather(header, array)
+            self._shared.allgather(header, array, rows)
 
     def reducescatter(self, array: Array, op: Reduction = SUM) -> Array:
         if self._shared is None and (self._across is None or not self._across.is_even):
             return super().reducescatter(array, op)
         bounds = chunk_bounds(array.size, self.world)
+        own = array[bounds[self.rank] : bounds[self.rank + 1]]
         with self._operation(REDUCE_SCATTER, array, op=op) as header:
             if self._shared is not None:
-                self._shared.reducescatter(header, array, bounds, op)
+                self._shared.reducescatter(header, cut(array, bounds), own, op)
             elif self._across is not None:
                 self._across.reducescatter(header, array, bounds, op)
-        return array[bounds[self.rank] : bounds[self.rank + 1]]
+        return own
+
+    def reducescatter_into(self, out: Array, parts: Sequence[Array], op: Reduction = SUM) -> None:
+        if self._shared is None:
+            super().reducescatter_into(out, parts, op)
+            return
+        check_rows(REDUCE_SCATTER, self.world, parts, out)
+        with self._operation(REDUCE_SCATTER, out, op=op, count=out.size * self.world) as header:
+            self._shared.reducescatter(header, parts, out, op)
 
     def broadcast(self, array: Array, root: int = 0) -> None:
+        if self._goes_straight(array):
+            with self._operation(BROADCAST, array, root=root) as header:
+                # Bytes of everybody, of which all but those of the root are zero.
+                joined = np.zeros(array.nbytes, np.uint8)
+                if self.rank == root:
+                    copy(array, joined)
+                self._exchange_nodes(header, joined, BOR)
+                if self.rank != root:
+                    copy(joined, array)
+            return
         if self._shared is None:
             super().broadcast(array, root)
             return
@@ -185,11 +218,27 @@ class Group(Ring):
             self._shared.broadcast(header, array, root)
 
     def reduce(self, array: Array, root: int = 0, op: Reduction = SUM) -> None:
+        if self._goes_straight(array):
+            with self._operation(REDUCE, array, root=root, op=op) as header:
+                total = array.copy()
+                self._exchange_nodes(header, total, op)
+                if self.rank == root:
+                    copy(total, array)
+            return
         if self._shared is None:
             super().reduce(array, root, op)
             return
         with self._operation(REDUCE, array, root=root, op=op) as header:
             self._shared.reduce(header, array, root, op)
+
+    def _goes_straight(self, array: Array) -> bool:
+        if self._across is None or self._speeds is None:
+            return False
+        return goes_straight(array.nbytes, self._across.counts, self._speeds)
+
+    def _exchange_nodes(self, header: bytes, array: Array, op: Reduction) -> None:
+        assert self._across is not None
+        self._across.allreduce(header, array, op, Route.EXCHANGE, Wire.FP32, None)
 
     def barrier(self) -> None:
         if self._shared is None and self._across is None:

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lepton_ray.collective.calls import Array
-from lepton_ray.collective.memory import Segment
+from lepton_ray.collective.memory import Segment, address_of, copy, read_process
+from lepton_ray.errors import PeerLost
 
 _BEYOND = 1 << 64  # any address
 
@@ -38,8 +39,9 @@ class Place(NamedTuple):
 class Holdings:
     """Shared arrays of one rank, and of its peers as far as it has seen them."""
 
-    def __init__(self, pids: Sequence[int]) -> None:
-        self._pids = pids
+    def __init__(self, pids: Sequence[int], names: Sequence[int]) -> None:
+        """pids: of the ranks. names: what errors call them."""
+        self._pids, self._names = pids, names
         self._lock = threading.Lock()
         self._own: list[tuple[int, ...]] = []
         """Begin, end, inode and descriptor of the segments, sorted; replaced, never changed."""
@@ -47,7 +49,7 @@ class Holdings:
         """Beginnings of those that nobody holds any more. The collector of garbage may add to it at any moment."""
         self._freed = 0
         self._is_released = False
-        self._foreign: list[dict[int, NDArray[np.uint8]]] = [{} for _ in pids]
+        self._foreign: list[dict[int, Segment]] = [{} for _ in pids]
         self._foreign_freed = [0] * len(pids)
 
     def empty(self, size_bytes: int) -> NDArray[np.uint8]:
@@ -68,7 +70,7 @@ class Holdings:
         """Say where an array lies."""
         if self._dead:
             self._bury()
-        address: int = array.__array_interface__["data"][0]
+        address = address_of(array)
         own = self._own
         at = bisect_right(own, (address, _BEYOND)) - 1
         if at >= 0:
@@ -77,15 +79,36 @@ class Holdings:
                 return Place(address, inode, descriptor, address - begin, self._freed)
         return Place(address, freed=self._freed)
 
-    def view(self, rank: int, place: Place, size_bytes: int) -> NDArray[np.uint8]:
-        """Return the bytes of a peer's array that lies in shared memory. Raises OSError when the peer is gone."""
+    def address(self, rank: int, place: Place) -> int:
+        """Return where this process sees a peer's array in shared memory. Raises PeerLost."""
+        return self._segment(rank, place).address + place.offset
+
+    def view(self, rank: int, place: Place, start: int, like: Array) -> Array:
+        """Show a part of a peer's array in shared memory, from element `start` on. Raises PeerLost."""
+        at = place.offset + start * like.itemsize
+        return self._segment(rank, place).data[at : at + like.nbytes].view(like.dtype)
+
+    def read(self, rank: int, place: Place, start: int, target: Array) -> None:
+        """Copy a part of a peer's array, wherever it lies. Raises PeerLost."""
+        if place.inode:
+            copy(self.view(rank, place, start, target), target)
+            return
+        try:
+            read_process(self._pids[rank], place.address + start * target.itemsize, target.view(np.uint8))
+        except OSError as error:
+            raise PeerLost(f"the memory of rank {self._names[rank]} cannot be read ({error.strerror})") from error
+
+    def _segment(self, rank: int, place: Place) -> Segment:
         seen = self._foreign[rank]
         if self._foreign_freed[rank] != place.freed:
             self._foreign_freed[rank] = place.freed
             seen.clear()
         if place.inode not in seen:
-            seen[place.inode] = Segment.attach(self._pids[rank], place.descriptor, place.inode).data
-        return seen[place.inode][place.offset : place.offset + size_bytes]
+            try:
+                seen[place.inode] = Segment.attach(self._pids[rank], place.descriptor, place.inode)
+            except OSError as error:
+                raise PeerLost(f"the memory of rank {self._names[rank]} cannot be reached ({error})") from error
+        return seen[place.inode]
 
     def release(self) -> None:
         """Let peers find nothing any more, and let go of what is theirs."""

@@ -21,12 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lepton_ray.collective.calls import Array
-
 log = logging.getLogger(__name__)
 
-SumIntoAll = Callable[[Sequence[Array]], None]
-"""Sum two arrays or more of one size and dtype, in their order, and write the sum into all of them."""
+SumIntoAll = Callable[[Sequence[int], int], None]
+"""Sum two arrays or more of one dtype, in their order, and write the sum into all of them: their addresses, and how
+many elements each has."""
 
 _SOURCE = Path(__file__).with_name("kernel.c")
 # Tried too: stores that go past the cache. They are no faster where the line has just been read.
@@ -44,9 +43,8 @@ def sum_into_all(dtype: np.dtype) -> SumIntoAll | None:
     function = getattr(library, name)
     function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
 
-    def apply(arrays: Sequence[Array]) -> None:
-        addresses = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
-        function(addresses, len(arrays), arrays[0].size)
+    def apply(addresses: Sequence[int], count: int) -> None:
+        function((ctypes.c_void_p * len(addresses))(*addresses), len(addresses), count)
 
     return apply
 

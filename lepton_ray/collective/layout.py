@@ -8,8 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+from numpy.typing import NDArray
 
 LINE_BYTES = 64
+
+Array = NDArray[Any]
 
 
 class Way(Enum):
@@ -17,7 +23,7 @@ class Way(Enum):
 
     COPY = "all copy theirs into a slot, all read all slots"
     IN_PLACE = "all arrays lie in the group's memory"
-    READ = "each reads the others' private memory"
+    READ = "each reads the others' arrays, also in private memory"
     STAGED = "piece by piece through the slots"
 
 
@@ -34,19 +40,25 @@ def choose(size_bytes: int, copy_bytes: int, is_shared: Sequence[bool], can_read
     return Way.READ if can_read else Way.STAGED
 
 
-def even_parts(count: int, world: int, itemsize: int) -> list[int]:
+@lru_cache(maxsize=256)  # asked in every operation
+def even_parts(count: int, world: int, itemsize: int) -> tuple[int, ...]:
     """Cut `count` elements into a part for each rank, none of which shares a cache line with another: offsets.
 
     Where an array does not begin on a line, the first line of a part is shared; that costs time, not correctness.
     """
     grain = max(1, LINE_BYTES // itemsize)
     lines = -(-count // grain)
-    return [min(count, lines * rank // world * grain) for rank in range(world + 1)]
+    return tuple(min(count, lines * rank // world * grain) for rank in range(world + 1))
 
 
-def whole_part(count: int, world: int, owner: int) -> list[int]:
+def whole_part(count: int, world: int, owner: int) -> tuple[int, ...]:
     """Give everything to one rank: offsets."""
-    return [0] * (owner + 1) + [count] * (world - owner)
+    return (0,) * (owner + 1) + (count,) * (world - owner)
+
+
+def cut(array: Array, bounds: Sequence[int]) -> list[Array]:
+    """Show the parts between the bounds as arrays of their own."""
+    return [array[start:stop] for start, stop in zip(bounds, bounds[1:])]
 
 
 def blocks(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -55,20 +67,17 @@ def blocks(start: int, stop: int, step: int) -> Iterator[slice]:
         yield slice(lower, min(lower + step, stop))
 
 
-def turns(bounds: Sequence[int], room: int) -> list[list[tuple[slice, slice]]]:
-    """Cut all parts into pieces that go through a slot together, turn by turn.
+def turns(sizes: Sequence[int], room: int) -> list[list[tuple[slice, slice]]]:
+    """Cut the parts of all ranks into pieces that go through a slot together, turn by turn.
 
-    room: elements in a slot. Returns, for each turn and each rank, where its piece is in the array and in the slot.
+    room: elements in a slot. Returns, for each turn and each rank, where its piece is in its part and in the slot.
     """
-    parts = list(zip(bounds, bounds[1:]))
-    filled = [start < stop for start, stop in parts]
-    width = max(1, room // max(1, sum(filled)))
-    longest = max((stop - start for start, stop in parts), default=0)
+    width = max(1, room // max(1, sum(size > 0 for size in sizes)))
     cut = []
-    for turn in range(-(-longest // width)):
+    for turn in range(-(-max(sizes, default=0) // width)):
         places, offset = [], 0
-        for start, stop in parts:
-            lower, upper = min(start + turn * width, stop), min(start + (turn + 1) * width, stop)
+        for size in sizes:
+            lower, upper = min(turn * width, size), min((turn + 1) * width, size)
             places.append((slice(lower, upper), slice(offset, offset + upper - lower)))
             offset += upper - lower
         cut.append(places)

@@ -1,14 +1,15 @@
 """Measure, while a group forms, what `plan.transport` decides by: the network between nodes, memory, and codecs.
 
 A few messages, and transfers that grow as long as they are quick. On a link of 1 Gbit/s that takes about 25 ms; on one
-of 1 Mbit/s half a second. All ranks take part and end with the same figures.
+of 1 Mbit/s half a second. All ranks take part and end with the same figures. A process measures itself once: its next
+group, perhaps of survivors who want to go on, takes what was found.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -23,8 +24,8 @@ from lepton_ray.plan.transport import Route, Speeds, Wire, ring_messages
 # What a node sends at once. What shapes a link often lets a first burst pass, so a larger transfer says more.
 _TRANSFERS_BYTES = (64 << 10, 256 << 10, 1 << 20)
 # A transfer of so many seconds is large enough. The last is repeated, for it may have met a busy moment, unless it took
-# very long.
-_LONG_S, _VERY_LONG_S = 0.01, 0.1
+# very long: that is a slow link, whatever the moment.
+_LONG_S, _VERY_LONG_S = 0.01, 0.02
 # Numbers that are encoded, a piece that fits the cache; and that are added up, more than fit.
 _PIECE, _ARRAY = 64 << 10, 1 << 19
 
@@ -49,6 +50,13 @@ def measure(
     if took_s < _VERY_LONG_S:
         took_s = min(took_s, *slowest([transfer()]))
     bandwidth = size_bytes / max(took_s - latency_s, took_s / 4)
+    memory, bf16, int8 = (4 * _PIECE / each for each in slowest(_own_seconds()))
+    return Speeds(latency_s=latency_s, start_s=start_s, bandwidth=bandwidth, memory=memory, bf16=bf16, int8=int8)
+
+
+@cache
+def _own_seconds() -> list[float]:
+    """Return how long this process takes to add up a piece, and to encode and decode it in each format."""
     array = np.ones(_ARRAY, np.float32)
     total, piece, decoded = array.copy(), array[:_PIECE], np.empty(_PIECE, np.float32)
     seconds = [_best(lambda: SUM.apply(total, array, out=total)) * _PIECE / _ARRAY]
@@ -56,8 +64,7 @@ def measure(
         codec = CODECS[wire]()
         data = np.empty(codec.size(_PIECE), np.uint8)
         seconds.append(_best(partial(codec.encode, piece, data)) + _best(partial(codec.decode, data, decoded)))
-    memory, bf16, int8 = (piece.nbytes / each for each in slowest(seconds))
-    return Speeds(latency_s=latency_s, start_s=start_s, bandwidth=bandwidth, memory=memory, bf16=bf16, int8=int8)
+    return seconds
 
 
 def _transfer(mesh: Mesh, across: Across, size_bytes: int) -> None:

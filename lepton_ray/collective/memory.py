@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import platform
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,15 @@ _futex.argtypes = [
     ctypes.c_uint32,
 ]
 _futex.restype = ctypes.c_long
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Return where the memory of an array begins."""
+    try:  # half the time of the other way, which is half the time of a small sum
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError):  # an array that is read-only, or empty
+        address: int = array.__array_interface__["data"][0]
+        return address
 
 
 def missing() -> str | None:
@@ -85,7 +95,7 @@ def _membarrier() -> int:
 
 def read_process(pid: int, address: int, target: NDArray[np.uint8]) -> None:
     """Copy the memory of another process at `address` into `target`. Raises OSError."""
-    own, size_bytes = target.__array_interface__["data"][0], target.nbytes
+    own, size_bytes = address_of(target), target.nbytes
     done = 0
     while done < size_bytes:
         here, there = _Span(own + done, size_bytes - done), _Span(address + done, size_bytes - done)
@@ -108,6 +118,12 @@ if hasattr(_libc, "process_vm_readv"):
     _libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 
+def copy(source: NDArray[Any], target: NDArray[Any]) -> None:
+    """Copy as bytes: numpy copies dtypes of its users field by field."""
+    if target.size:  # numpy refuses even to write nothing into a read-only array
+        target.view(np.uint8)[:] = source.view(np.uint8)
+
+
 class Segment:
     """A piece of memory that this process shares. Lives as long as somebody holds its `data`, or a view of it.
 
@@ -120,7 +136,7 @@ class Segment:
         self.map = mmap.mmap(descriptor, size_bytes)
         self.descriptor, self.inode = descriptor, os.fstat(descriptor).st_ino
         self.data: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
-        self.address: int = self.data.__array_interface__["data"][0]
+        self.address = address_of(self.data)
 
     @classmethod
     def create(cls, size_bytes: int) -> Segment:

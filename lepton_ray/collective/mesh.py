@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from lepton_ray.collective.links import Link, Watch
+from lepton_ray.collective.tls import Tls
 from lepton_ray.errors import LeptonError, PeerLost, WaitTimeout
 
 Exchange = Callable[[bytes], Sequence[bytes]]
@@ -41,8 +42,14 @@ class Mesh:
     The challenge goes both ways: HMAC-SHA256 over the ranks of both ends and a nonce of each.
     """
 
-    def __init__(self, rank: int, world: int, secret: bytes, host: str, timeout_s: float) -> None:
-        """host: the address of this machine that the other ranks can reach. timeout_s: of the whole formation."""
+    def __init__(
+        self, rank: int, world: int, secret: bytes, host: str, timeout_s: float, identity: bytes | None = None
+    ) -> None:
+        """host: the address of this machine that the other ranks can reach. timeout_s: of the whole formation.
+
+        identity: of the group, from `tls.make_identity`, to encrypt what follows the challenge.
+        """
+        self._tls = None if identity is None else Tls(identity)
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self._secret, self._host = secret, host
         self.links: dict[int, Link] = {}
@@ -83,36 +90,42 @@ class Mesh:
         addresses = exchange(f"{self._host}|{listener.getsockname()[1]}".encode())
         for peer in range(self.rank):
             host, port = addresses[peer].decode().rsplit("|", 1)
-            self.links[peer] = Link(peer, self._introduce(peer, host, int(port), deadline_s))
+            try:
+                self.links[peer] = self._link(peer, self._introduce(peer, host, int(port), deadline_s), deadline_s)
+            except TimeoutError as error:
+                raise WaitTimeout(
+                    f"rank {self.rank} waited {self.timeout_s:g} s for rank {peer} at {host}:{port} to answer"
+                ) from error
         listener.setblocking(False)
         self._welcome(listener, deadline_s)
         self._disown(listener)
         self.watch = Watch(self.links.values())
 
     def _introduce(self, peer: int, host: str, port: int, deadline_s: float) -> socket.socket:
-        """Connect to a lower rank; both prove the secret."""
+        """Connect to a lower rank; both prove the secret. Raises PeerLost or OSError."""
         connection = self._own(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM))
         connection.settimeout(max(0.001, deadline_s - time.monotonic()))
         nonce = os.urandom(_NONCE_BYTES)
         answer = b""
-        try:
-            connection.connect((host, port))
-            connection.sendall(_HELLO.pack(_MAGIC, self.rank, nonce))
-            while len(answer) < _NONCE_BYTES + _PROOF_BYTES:
-                connection.settimeout(max(0.001, deadline_s - time.monotonic()))
-                more = connection.recv(_NONCE_BYTES + _PROOF_BYTES - len(answer))
-                if not more:
-                    raise PeerLost(f"rank {peer} at {host}:{port} turned rank {self.rank} down")
-                answer += more
-            nonces = nonce + answer[:_NONCE_BYTES]
-            if not hmac.compare_digest(answer[_NONCE_BYTES:], self._proof(b"accept", self.rank, peer, nonces)):
-                raise PeerLost(f"who answers at {host}:{port} is not rank {peer} of this group")
-            connection.sendall(self._proof(b"connect", self.rank, peer, nonces))
-        except TimeoutError as error:
-            raise WaitTimeout(
-                f"rank {self.rank} waited {self.timeout_s:g} s for rank {peer} at {host}:{port} to answer"
-            ) from error
+        connection.connect((host, port))
+        connection.sendall(_HELLO.pack(_MAGIC, self.rank, nonce))
+        while len(answer) < _NONCE_BYTES + _PROOF_BYTES:
+            connection.settimeout(max(0.001, deadline_s - time.monotonic()))
+            more = connection.recv(_NONCE_BYTES + _PROOF_BYTES - len(answer))
+            if not more:
+                raise PeerLost(f"rank {peer} at {host}:{port} turned rank {self.rank} down")
+            answer += more
+        nonces = nonce + answer[:_NONCE_BYTES]
+        if not hmac.compare_digest(answer[_NONCE_BYTES:], self._proof(b"accept", self.rank, peer, nonces)):
+            raise PeerLost(f"who answers at {host}:{port} is not rank {peer} of this group")
+        connection.sendall(self._proof(b"connect", self.rank, peer, nonces))
         return connection
+
+    def _link(self, peer: int, connection: socket.socket, deadline_s: float) -> Link:
+        """Make a link of a connection that has been proved, both ways."""
+        if self._tls is None:
+            return Link(peer, connection)
+        return self._tls.seal(peer, connection, is_server=peer > self.rank, deadline_s=deadline_s)
 
     def _welcome(self, listener: socket.socket, deadline_s: float) -> None:
         """Accept all higher ranks. Whoever cannot prove the secret is dropped and holds up nobody."""
@@ -131,7 +144,7 @@ class Mesh:
                         # The newest stay: real ranks come at once, while others may fill the house for ever.
                         leaving = guests[: -max(_GUESTS, self.world)]
                     else:
-                        leaving = [key.data] if self._hear(key.data) else []
+                        leaving = [key.data] if self._hear(key.data, deadline_s) else []
                     for guest in leaving:
                         if guest in guests:
                             guests.remove(guest)
@@ -142,7 +155,7 @@ class Mesh:
         for guest in guests:
             self._disown(guest.socket)
 
-    def _hear(self, guest: _Guest) -> bool:
+    def _hear(self, guest: _Guest, deadline_s: float) -> bool:
         """Read what a guest says, answer its hello, make a link once it proved itself. Return whether we are done."""
         wanted = _HELLO.size if guest.nonces is None else _PROOF_BYTES
         try:
@@ -162,7 +175,7 @@ class Mesh:
             return True
         is_proven = hmac.compare_digest(guest.said, self._proof(b"connect", guest.peer, self.rank, guest.nonces))
         if is_proven and guest.peer not in self.links:
-            self.links[guest.peer] = Link(guest.peer, guest.socket)
+            self.links[guest.peer] = self._link(guest.peer, guest.socket, deadline_s)
         return True
 
     def _proof(self, side: bytes, connecting: int, accepting: int, nonces: bytes) -> bytes:

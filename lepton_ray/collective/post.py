@@ -105,7 +105,7 @@ class _Line:
 class Post:
     """The messages of one rank of a group. All methods but `form` may be called from any thread.
 
-    secret, host: as in `Ring`; the secret must be another one than that of the group's own connections.
+    secret, host, identity: as in `Ring`; the secret must be another one than that of the group's own connections.
     on_failure: is told why it ends when it ends by itself.
     """
 
@@ -118,10 +118,11 @@ class Post:
         timeout_s: float,
         host: str,
         on_failure: Callable[[str], object],
+        identity: bytes | None = None,
     ) -> None:
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self._on_failure = on_failure
-        self._mesh = Mesh(rank, world, secret, host, timeout_s)
+        self._mesh = Mesh(rank, world, secret, host, timeout_s, identity)
         self._lines: dict[int, _Line] = {}
         self._anybody: list[_Letter] = []
         """Receives from anybody, that nobody has a message for yet."""
@@ -280,7 +281,9 @@ class Post:
 
     def _take(self, line: _Line) -> None:
         """Receive what is there."""
-        for _ in range(_READS):
+        turn = 0
+        while turn < _READS or line.link.has_unread:
+            turn += 1
             count = line.link.receive(line.place)
             if not count:
                 return

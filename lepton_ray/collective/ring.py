@@ -36,10 +36,12 @@ from lepton_ray.collective.calls import (
     Array,
     Reduction,
     check_array,
+    check_rows,
     header_of,
     mismatch,
 )
 from lepton_ray.collective.links import Flow, Link, late
+from lepton_ray.collective.memory import copy
 from lepton_ray.collective.mesh import Exchange, Mesh
 from lepton_ray.collective.row import Row, bytes_of, pieces
 from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout
@@ -66,17 +68,27 @@ class Ring:
     different calls; each of these ends the group. `close` may be called at any time and more than once.
 
     secret: the same for all ranks of this group and for nobody else; peers prove that they hold it before a byte of
-    theirs is used. The data that follow are neither encrypted nor signed.
+    theirs is used. identity: the same for all, of `tls.make_identity`; without it, the data that follow are neither
+    encrypted nor signed.
     host: the address of this machine that the other ranks can reach.
     """
 
-    def __init__(self, rank: int, world: int, *, secret: bytes, timeout_s: float = 60, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        *,
+        secret: bytes,
+        timeout_s: float = 60,
+        host: str = "127.0.0.1",
+        identity: bytes | None = None,
+    ) -> None:
         if not 0 <= rank < world:
             raise ConfigError(f"Ring(rank={rank}, world={world}): expected 0 <= rank < world.")
         if timeout_s <= 0:
             raise ConfigError(f"Ring(timeout_s={timeout_s}): expected seconds > 0.")
         self.rank, self.world = rank, world
-        self._mesh = Mesh(rank, world, secret, host, timeout_s)
+        self._mesh = Mesh(rank, world, secret, host, timeout_s, identity)
         self._row = Row(self._mesh, range(world), self._expect)
         self._scratch = np.empty(0, np.uint8)
         self._calls = 0
@@ -99,6 +111,18 @@ class Ring:
         """
         with self._operating:
             self._mesh.form(exchange)
+
+    def look(self) -> None:
+        """Raise PeerLost if the group has ended, or ends as a connection broke. For who waits for other things."""
+        if self._mesh.failure is None and self._operating.acquire(blocking=False):
+            try:  # or else whoever operates sees it
+                self._mesh.look()
+            except PeerLost as error:
+                self._mesh.end(str(error))
+            finally:
+                self._operating.release()
+        if self._mesh.failure is not None:
+            raise PeerLost(self._mesh.failure)
 
     def abort(self, reason: str = "aborted") -> None:
         """End the group from any thread. What blocks in it, here or on another rank, raises PeerLost at once."""
@@ -154,6 +178,12 @@ class Ring:
                     rows[rank] = part
             return rows
 
+    def allgather_into(self, rows: Sequence[Array], array: Array) -> None:
+        """Copy the arrays of all ranks into `rows`, one for each rank, of which the own one may be `array` itself."""
+        check_rows(ALLGATHER, self.world, rows, array)
+        for row, received in zip(rows, self.allgather(array)):
+            copy(received, row)
+
     def reducescatter(self, array: Array, op: Reduction = SUM) -> Array:
         """Cut `array` by `chunk_bounds`, reduce over all ranks, and return the part of it that is chunk `rank`.
 
@@ -166,6 +196,11 @@ class Ring:
                 moves = reduce_scatter(self._row.position, self.world)
                 self._row.circulate(header, array, chunks, moves, self.world - 1, op)
             return array[bounds[self.rank] : bounds[self.rank + 1]]
+
+    def reducescatter_into(self, out: Array, parts: Sequence[Array], op: Reduction = SUM) -> None:
+        """Reduce part `rank` of all ranks' parts, of which there is one for each rank, into `out`."""
+        check_rows(REDUCE_SCATTER, self.world, parts, out)
+        copy(self.reducescatter(np.concatenate(parts), op), out)
 
     def broadcast(self, array: Array, root: int = 0) -> None:
         """Copy the array of `root` into every rank's `array`, along a chain that starts at `root`."""
@@ -241,16 +276,20 @@ class Ring:
         counter: list[int] | None = None,
         peer: int | None = None,
         wire: int = 0,
+        count: int | None = None,
     ) -> _Operation:
         """Check the input of an operation; to be entered for it.
 
         counter, peer: for point-to-point messages, which are counted per pair and direction. wire: as `header_of`.
+        count: of elements, where `array` is but one of several.
         """
         check_array(call, array)
         if not 0 <= root < self.world or (peer is not None and not 0 <= peer < self.world) or peer == self.rank:
             other = root if peer is None else peer
             raise ConfigError(f"{CALLS[call]} with rank {other}: this is rank {self.rank} of {self.world}.")
-        return _Operation(self, call, array, op, root, counter, peer, wire)
+        return _Operation(
+            self, call, array.dtype, array.size if count is None else count, op, root, counter, peer, wire
+        )
 
     def _room(self, size_bytes: int) -> NDArray[np.uint8]:
         if self._scratch.size < size_bytes:
@@ -347,20 +386,21 @@ class _Operation:
     A class, since the generator of `contextlib.contextmanager` takes as long as a meeting in shared memory.
     """
 
-    __slots__ = ("_array", "_call", "_counter", "_number", "_op", "_peer", "_ring", "_root", "_wire")
+    __slots__ = ("_call", "_count", "_counter", "_dtype", "_number", "_op", "_peer", "_ring", "_root", "_wire")
 
     def __init__(
         self,
         ring: Ring,
         call: int,
-        array: Array,
+        dtype: np.dtype,
+        count: int,
         op: Reduction | None,
         root: int,
         counter: list[int] | None,
         peer: int | None,
         wire: int,
     ) -> None:
-        self._ring, self._call, self._array, self._op, self._root = ring, call, array, op, root
+        self._ring, self._call, self._dtype, self._count, self._op, self._root = ring, call, dtype, count, op, root
         self._counter, self._peer, self._wire = counter, peer, wire
 
     def __enter__(self) -> bytes:
@@ -375,7 +415,7 @@ class _Operation:
                 raise PeerLost("it has ended")
             if ring.world > 1 and not ring._mesh.links:
                 raise ConfigError("Ring.form was not called.")
-            return header_of(self._call, self._array, self._op, self._root, self._number, self._wire)
+            return header_of(self._call, self._dtype, self._count, self._op, self._root, self._number, self._wire)
         except BaseException as error:
             self.__exit__(type(error), error)
             raise

@@ -6,7 +6,7 @@ each rank reads its part of all arrays and writes the result into all: by numpy,
 cache, or in one pass (`kernel`). So every element is read once and written once, by all cores together. Nobody writes
 into the private memory of another: after an error it may be in use for something else. There each rank reduces its part
 into its own array, then fetches the parts of the others, by process_vm_readv where that is allowed, otherwise through
-the slots.
+the slots. Arrays that come as a list, one for each rank, are read where they lie, and nothing is put together.
 
 Every operation begins with a meeting at which all ranks show what they call and where their array is; from then on
 all know the same and choose the same way. Every rank ends with the same bits.
@@ -24,9 +24,8 @@ from lepton_ray.collective.board import WORDS_BYTES, Board
 from lepton_ray.collective.calls import HEADER, SUM, Array, Reduction, mismatch
 from lepton_ray.collective.holdings import Holdings, Place
 from lepton_ray.collective.kernel import sum_into_all
-from lepton_ray.collective.layout import Way, blocks, choose, even_parts, turns, whole_part
-from lepton_ray.collective.memory import Segment, read_process
-from lepton_ray.errors import PeerLost
+from lepton_ray.collective.layout import Way, blocks, choose, cut, even_parts, turns, whole_part
+from lepton_ray.collective.memory import Segment, address_of, copy
 
 SLOT_BYTES = 512 << 10
 # Copying both ways costs less than a second meeting. In the group's memory there is nothing to copy.
@@ -36,8 +35,9 @@ _BLOCK_BYTES, _BLOCKS_BYTES = 256 << 10, 1 << 20
 _READ_BYTES = 4 << 20  # between two looks whether the group has ended
 _KINDS = 64  # of small arrays, by dtype and size, whose views of the slots are kept
 
-# What a rank shows at the first meeting of an operation: header, and the fields of `Place`.
-_NOTE = struct.Struct(f"<{HEADER.size}sqqqqq")
+# What a rank shows at the first meeting of an operation: header, and the fields of `Place`. Those of a list of arrays
+# lie in its slot.
+_NOTE, _PLACE = struct.Struct(f"<{HEADER.size}sqqqqq"), struct.Struct("<qqqqq")
 _NOTE_BYTES = 128  # a pair of cache lines
 PROOF_AT = 2048  # left to whoever forms the group
 _SLOTS_AT = 4096
@@ -48,10 +48,10 @@ class _Begun(NamedTuple):
     """An operation after its first meeting."""
 
     way: Way
-    arrays: list[Array]
-    """By rank: copies in the slots (COPY), or the arrays themselves (IN_PLACE)."""
-    addresses: list[int]
-    """By rank, in private memory (READ)."""
+    slots: list[Array]
+    """By rank, what was copied into them (COPY)."""
+    places: list[Place]
+    """By rank, where the arrays lie (otherwise)."""
 
 
 class SharedMemory:
@@ -76,11 +76,12 @@ class SharedMemory:
 
         pidfds, timeout_s, watch, names: as `Board`.
         """
-        self._rank, self._world, self._pids, self.can_read = rank, len(segments), pids, can_read
+        self._rank, self._world, self.can_read = rank, len(segments), can_read
         self._names = names or range(self._world)
         sum_into_all(np.dtype(np.float32))  # what has to be compiled is compiled now
         self.board = Board(rank, segments, pidfds, timeout_s=timeout_s, watch=watch, names=names)
-        self.holdings = Holdings(pids)
+        self.holdings = Holdings(pids, self._names)
+        self._all = range(self._world)
         self._peers = [(rank + step) % self._world for step in range(1, self._world)]
         # What is written for a round lies at the parity of the round.
         self._notes = [
@@ -101,55 +102,81 @@ class SharedMemory:
         self._notes, self._headers, self._slots, self._typed_slots = [], [], [], {}
 
     def barrier(self, header: bytes) -> None:
-        self._begin(header, np.empty(0, np.uint8))
+        self._show(header, np.empty(0, np.uint8))
 
     def allreduce(self, header: bytes, array: Array, op: Reduction) -> None:
+        if array.nbytes <= SMALL_BYTES:
+            _sum_up(self._show(header, array), array, op)
+            return
         begun = self._begin(header, array)
         if begun.way is Way.COPY:
-            _sum_up(begun.arrays, array, op)
+            _sum_up(begun.slots, array, op)
             return
         bounds = even_parts(array.size, self._world, array.itemsize)
         if begun.way is Way.IN_PLACE:
             self._reduce_everywhere(begun, array, bounds, op)
+            return
+        if begun.way is Way.STAGED:
+            parts = cut(array, bounds)
+            self._reduce_staged(parts, parts[self._rank], op)
         else:
-            self._reduce_parts(begun, array, bounds, op)
-            self._spread_parts(begun, array, bounds)
+            start = bounds[self._rank]
+            own = array[start : bounds[self._rank + 1]]
+            self._reduce_part(begun, own, own, op, start)
+            self.board.meet()
+        self._spread_parts(begun, array, bounds)
 
-    def reducescatter(self, header: bytes, array: Array, bounds: Sequence[int], op: Reduction) -> None:
-        """Reduce within `array` what lies between the bounds of this rank."""
-        begun = self._begin(header, array)
+    def reducescatter(self, header: bytes, parts: Sequence[Array], out: Array, op: Reduction) -> None:
+        """Reduce part `rank` of all ranks into `out`, which may be this rank's own part."""
+        own = parts[self._rank]
+        begun = self._begin_parts(header, parts)
         if begun.way is Way.COPY:
-            part = slice(bounds[self._rank], bounds[self._rank + 1])
-            if part.start < part.stop:  # an array of nothing may be a read-only one
-                _sum_up([each[part] for each in begun.arrays], array[part], op)
+            total = own
+            for peer in self._peers if own.size else ():
+                op.apply(total, begun.slots[peer], out=out)
+                total = out
+            return
+        # Peers may still read what would be overwritten.
+        target = out
+        if any(np.may_share_memory(out, parts[peer]) for peer in self._peers):
+            target = np.empty_like(out)
+        if begun.way is Way.STAGED:
+            self._reduce_staged(parts, target, op)
         else:
-            self._reduce_parts(begun, array, bounds, op)
+            self._reduce_part(begun, own, target, op, 0)
+            self.board.meet()
+        if target is not out:
+            copy(target, out)
 
     def reduce(self, header: bytes, array: Array, root: int, op: Reduction) -> None:
-        self.reducescatter(header, array, whole_part(array.size, self._world, root), op)
+        parts = cut(array, whole_part(array.size, self._world, root))
+        self.reducescatter(header, parts, parts[self._rank], op)
 
     def broadcast(self, header: bytes, array: Array, root: int) -> None:
         begun = self._begin(header, array)
         if begun.way is not Way.COPY:
             self._spread_parts(begun, array, whole_part(array.size, self._world, root))
         elif self._rank != root:
-            array[:] = begun.arrays[root]
+            array[:] = begun.slots[root]
 
-    def allgather(self, header: bytes, array: Array) -> Array:
+    def allgather(self, header: bytes, array: Array, rows: Sequence[Array]) -> None:
+        """Copy the arrays of all ranks into `rows`, one of which may be `array` itself."""
+        own = rows[self._rank]
+        if array.nbytes > SMALL_BYTES and any(np.may_share_memory(array, rows[peer]) for peer in self._peers):
+            array = array.copy()  # peers may still read what would be overwritten
         begun = self._begin(header, array)
-        rows = np.empty((self._world, array.size), array.dtype)
-        rows[self._rank] = array
+        if address_of(own) != address_of(array):
+            copy(array, own)
         if begun.way is Way.STAGED:
-            self._spread_parts(begun, rows.reshape(-1), [array.size * rank for rank in range(self._world + 1)])
-            return rows
+            self._spread_staged(rows)
+            return
         for peer in self._peers:
             if begun.way is Way.COPY:
-                rows[peer] = begun.arrays[peer]
+                copy(begun.slots[peer], rows[peer])
             else:
                 self._fetch(begun, peer, 0, rows[peer])
         if begun.way is not Way.COPY:
             self.board.meet()
-        return rows
 
     # --- with ranks elsewhere
 
@@ -164,7 +191,8 @@ class SharedMemory:
         begun = self._begin(header, array)
         if begun.way is Way.STAGED:
             assert bounds is not None
-            self._reduce_staged(array, bounds, op)
+            parts = cut(array, bounds)
+            self._reduce_staged(parts, parts[self._rank], op)
         return Opened(self, begun, array, bounds, op, is_spread)
 
     def fetch_rows(
@@ -174,8 +202,7 @@ class SharedMemory:
 
         owners: by rank, the numbers of the rows that it has after `fill`.
         """
-        flat = rows.reshape(-1)
-        begun = self._begin(header, flat)
+        begun = self._begin(header, rows.reshape(-1))
         fill()
         self.board.meet()
         for peer in self._peers:
@@ -185,16 +212,21 @@ class SharedMemory:
 
     # --- beginning
 
+    def _show(self, header: bytes, array: Array) -> list[Array]:
+        """Meet all ranks, check that they call the same, and return copies of the small arrays of all."""
+        parity = self.board.round + 1 & 1
+        slots = self._slots_like(array)[parity]
+        slots[self._rank][:] = array
+        self._headers[parity][self._rank][:] = header
+        self._meet_for(header)
+        return slots
+
     def _begin(self, header: bytes, array: Array) -> _Begun:
         """Meet all ranks, check that they call the same, choose the way."""
         size_bytes = array.nbytes
-        parity = self.board.round + 1 & 1
         if size_bytes <= SMALL_BYTES:
-            slots = self._slots_like(array)[parity]
-            slots[self._rank][:] = array
-            self._headers[parity][self._rank][:] = header
-            self._meet_for(header)
-            return _Begun(Way.COPY, slots, [])
+            return _Begun(Way.COPY, self._show(header, array), [])
+        parity = self.board.round + 1 & 1
         place = self.holdings.find(array)
         if size_bytes <= COPY_BYTES and not place.inode:
             self._copy_in(array)
@@ -206,14 +238,36 @@ class SharedMemory:
         ]
         is_shared = [each.inode != 0 for each in places]
         way = choose(size_bytes, COPY_BYTES, is_shared, self.can_read)
-        if way is Way.IN_PLACE:
-            return _Begun(way, [self._view(rank, each, array) for rank, each in enumerate(places)], [])
-        if way is Way.COPY:
-            if any(is_shared):  # they did not copy, since the others' arrays might have been shared too
-                self._copy_in(array)
-                self.board.meet()
-            return _Begun(way, self._slots_like(array)[self.board.round & 1], [])
-        return _Begun(way, [], [each.address for each in places])
+        if way is not Way.COPY:
+            return _Begun(way, [], places)
+        if any(is_shared):  # they did not copy, since the others' arrays might have been shared too
+            self._copy_in(array)
+            self.board.meet()
+        return _Begun(way, self._slots_like(array)[self.board.round & 1], places)
+
+    def _begin_parts(self, header: bytes, parts: Sequence[Array]) -> _Begun:
+        """Meet all ranks and choose the way likewise, for arrays of which each rank wants only one from each."""
+        parity = self.board.round + 1 & 1
+        slots, own = self._slots[parity], parts[self._rank]
+        self._headers[parity][self._rank][:] = header
+        size_bytes = sum(part.nbytes for part in parts)
+        if size_bytes <= COPY_BYTES:
+            start = at = 0
+            for rank, part in enumerate(parts):
+                if rank == self._rank:
+                    at = start
+                else:
+                    copy(part, slots[self._rank][start : start + part.nbytes])
+                start += part.nbytes
+            self._meet_for(header)
+            return _Begun(Way.COPY, [slot[at : at + own.nbytes].view(own.dtype) for slot in slots], [])
+        for rank, part in enumerate(parts):
+            _PLACE.pack_into(slots[self._rank], rank * _PLACE.size, *self.holdings.find(part))
+        self._meet_for(header)
+        shown = [[Place(*_PLACE.unpack_from(slot, rank * _PLACE.size)) for slot in slots] for rank in self._all]
+        are_shared = [place.inode != 0 for part, places in zip(parts, shown) if part.size for place in places]
+        way = choose(size_bytes, COPY_BYTES, are_shared, self.can_read)
+        return _Begun(way, [], shown[self._rank])
 
     def _meet_for(self, header: bytes) -> None:
         """Meet, and check that all ranks call the same."""
@@ -238,101 +292,93 @@ class SharedMemory:
             self._typed_slots[key] = found
         return found
 
-    def _view(self, rank: int, place: Place, like: Array) -> Array:
-        if rank == self._rank:
-            return like
-        try:
-            return self.holdings.view(rank, place, like.nbytes).view(like.dtype)
-        except OSError as error:
-            raise PeerLost(f"the memory of rank {self._names[rank]} cannot be reached ({error})") from error
-
-    # --- phases of a large operation
+    # --- phases of an operation
 
     def _reduce_everywhere(self, begun: _Begun, array: Array, bounds: Sequence[int], op: Reduction) -> None:
         """Reduce the own part of all arrays, and write the result into all of them."""
-        others = [begun.arrays[peer] for peer in self._peers]
+        start, stop = bounds[self._rank], bounds[self._rank + 1]
         kernel = sum_into_all(array.dtype) if op is SUM else None
         if kernel is not None:
-            for block in blocks(bounds[self._rank], bounds[self._rank + 1], max(1, _READ_BYTES // array.itemsize)):
+            places = begun.places
+            addresses = [
+                places[self._rank].address,
+                *(self.holdings.address(peer, places[peer]) for peer in self._peers),
+            ]
+            for block in blocks(start, stop, max(1, _READ_BYTES // array.itemsize)):
                 self.board.check()
-                kernel([array[block], *(other[block] for other in others)])
-            self.board.meet()
-            return
-        for block in blocks(bounds[self._rank], bounds[self._rank + 1], self._block(array)):
-            self.board.check()
-            own = array[block]
-            for other in others:
-                op.apply(own, other[block], out=own)
-            for other in others:
-                _copy(own, other[block])
+                offset = block.start * array.itemsize
+                kernel([address + offset for address in addresses], block.stop - block.start)
+        else:
+            for block in blocks(start, stop, self._block(array)):
+                self._reduce_part(begun, array[block], array[block], op, block.start)
+                self._hand_out(begun, array, block)
         self.board.meet()
 
-    def _reduce_parts(self, begun: _Begun, array: Array, bounds: Sequence[int], op: Reduction) -> None:
-        """Reduce the own part into the own array, which then differs from those of the others."""
-        if begun.way is Way.STAGED:
-            self._reduce_staged(array, bounds, op)
-            return
-        for block in blocks(bounds[self._rank], bounds[self._rank + 1], self._block(array)):
-            self._reduce_block(begun, array, block, op)
-        self.board.meet()
-
-    def _reduce_block(self, begun: _Begun, array: Array, block: slice, op: Reduction) -> None:
-        """Reduce a block of all ranks' arrays into the own one."""
-        self.board.check()
-        own = array[block]
+    def _hand_out(self, begun: _Begun, array: Array, piece: slice) -> None:
+        """Write a piece of the own array into those of all others."""
         for peer in self._peers:
-            if begun.way is Way.READ:
-                other = self._scratch[: own.nbytes].view(own.dtype)
-                self._read(begun, peer, block.start * array.itemsize, other)
-            else:
-                other = begun.arrays[peer][block]
-            op.apply(own, other, out=own)
+            copy(array[piece], self.holdings.view(peer, begun.places[peer], piece.start, array[piece]))
+
+    def _reduce_part(self, begun: _Begun, own: Array, out: Array, op: Reduction, start: int) -> None:
+        """Reduce `own`, and what peers have of its size from element `start` on, into `out`."""
+        for block in blocks(0, own.size, self._block(own)):
+            self.board.check()
+            total, into = own[block], out[block]
+            for peer in self._peers:
+                op.apply(total, self._look_at(begun, peer, start + block.start, total), out=into)
+                total = into
+
+    def _look_at(self, begun: _Begun, peer: int, start: int, like: Array) -> Array:
+        """Return a block of a peer's array: where it lies, or in scratch memory."""
+        if begun.way is Way.COPY:
+            return begun.slots[peer][start : start + like.size]
+        place = begun.places[peer]
+        if place.inode:
+            return self.holdings.view(peer, place, start, like)
+        block = self._scratch[: like.nbytes].view(like.dtype)
+        self.holdings.read(peer, place, start, block)
+        return block
 
     def _spread_parts(self, begun: _Begun, array: Array, bounds: Sequence[int]) -> None:
         """Fetch the part of every peer from its array."""
+        parts = cut(array, bounds)
         if begun.way is Way.STAGED:
-            self._spread_staged(array, bounds)
+            self._spread_staged(parts)
             return
         for peer in self._peers:
-            self._fetch(begun, peer, bounds[peer], array[bounds[peer] : bounds[peer + 1]])
+            self._fetch(begun, peer, bounds[peer], parts[peer])
         self.board.meet()
 
     def _fetch(self, begun: _Begun, peer: int, start: int, target: Array) -> None:
         """Fill `target` from a peer's array, from element `start` on."""
         for block in blocks(0, target.size, max(1, _READ_BYTES // target.itemsize)):
             self.board.check()
-            if begun.way is Way.IN_PLACE:
-                _copy(begun.arrays[peer][start + block.start : start + block.stop], target[block])
-            else:
-                self._read(begun, peer, (start + block.start) * target.itemsize, target[block])
+            self.holdings.read(peer, begun.places[peer], start + block.start, target[block])
 
-    def _read(self, begun: _Begun, peer: int, offset: int, target: Array) -> None:
-        try:
-            read_process(self._pids[peer], begun.addresses[peer] + offset, target.view(np.uint8))
-        except OSError as error:
-            raise PeerLost(f"the memory of rank {self._names[peer]} cannot be read ({error.strerror})") from error
-
-    def _reduce_staged(self, array: Array, bounds: Sequence[int], op: Reduction) -> None:
-        for places in turns(bounds, SLOT_BYTES // array.itemsize):
-            slots = self._whole_slots(array)
+    def _reduce_staged(self, parts: Sequence[Array], out: Array, op: Reduction) -> None:
+        own = parts[self._rank]
+        for places in turns([part.size for part in parts], SLOT_BYTES // own.itemsize):
+            slots = self._whole_slots(own)
             for peer in self._peers:
                 here, there = places[peer]
-                _copy(array[here], slots[self._rank][there])
+                copy(parts[peer][here], slots[self._rank][there])
             self.board.meet()
             here, there = places[self._rank]
-            own = array[here]
-            for peer in self._peers if own.size else ():
-                op.apply(own, slots[peer][there], out=own)
+            total, into = own[here], out[here]
+            for peer in self._peers if total.size else ():
+                op.apply(total, slots[peer][there], out=into)
+                total = into
 
-    def _spread_staged(self, array: Array, bounds: Sequence[int]) -> None:
-        for places in turns(bounds, SLOT_BYTES // array.itemsize):
-            slots = self._whole_slots(array)
+    def _spread_staged(self, parts: Sequence[Array]) -> None:
+        own = parts[self._rank]
+        for places in turns([part.size for part in parts], SLOT_BYTES // own.itemsize):
+            slots = self._whole_slots(own)
             here, there = places[self._rank]
-            _copy(array[here], slots[self._rank][there])
+            copy(own[here], slots[self._rank][there])
             self.board.meet()
             for peer in self._peers:
                 here, there = places[peer]
-                _copy(slots[peer][there], array[here])
+                copy(slots[peer][there], parts[peer][here])
 
     def _whole_slots(self, array: Array) -> list[Array]:
         """Return the slots of all ranks for the next meeting, as arrays of this dtype."""
@@ -364,8 +410,8 @@ class Opened:
         memory.board.advance()
         if self._begun.way is Way.STAGED:
             return  # done at the beginning, as it takes meetings
-        for block in blocks(piece.start, piece.stop, memory._block(self._array)):
-            memory._reduce_block(self._begun, self._array, block, self._op)
+        own = self._array[piece]
+        memory._reduce_part(self._begun, own, own, self._op, piece.start)
 
     def spread(self, piece: slice) -> None:
         """Write a piece into the arrays of all ranks, where that is allowed."""
@@ -373,14 +419,13 @@ class Opened:
         memory.board.check()
         memory.board.advance()
         if self._is_spread and self._begun.way is Way.IN_PLACE:
-            for peer in memory._peers:
-                _copy(self._array[piece], self._begun.arrays[peer][piece])
+            memory._hand_out(self._begun, self._array, piece)
 
     def close(self) -> None:
         """Meet all ranks when all is done; fetch from them what they could not write."""
         memory = self._memory
         if self._is_spread and self._bounds is not None and self._begun.way in (Way.COPY, Way.STAGED):
-            memory._spread_staged(self._array, self._bounds)
+            memory._spread_staged(cut(self._array, self._bounds))
             return
         memory.board.meet()
         if self._is_spread and self._bounds is not None and self._begun.way is Way.READ:
@@ -393,9 +438,3 @@ def _sum_up(parts: Sequence[Array], out: Array, op: Reduction) -> None:
     for part in parts[1:]:
         op.apply(total, part, out=out)
         total = out
-
-
-def _copy(source: Array, target: Array) -> None:
-    """Copy as bytes: numpy copies dtypes of its users field by field."""
-    if target.size:  # numpy refuses even to write nothing into a read-only array
-        target.view(np.uint8)[:] = source.view(np.uint8)

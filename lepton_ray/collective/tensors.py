@@ -13,12 +13,28 @@ from lepton_ray.errors import ConfigError
 # numpy has no bfloat16. As an opaque two-byte type it passes through a group, which never looks inside.
 _BFLOAT16 = np.dtype([("bfloat16", "<i2")])
 
+# The floats of one byte, which numpy does not know either. They travel, and are not reduced.
+_TINY_FLOATS = {
+    each
+    for each in vars(torch).values()
+    if isinstance(each, torch.dtype) and each.is_floating_point and each.itemsize == 1
+}
+_OPAQUE = {torch.bfloat16, *_TINY_FLOATS}
+
 
 def flat(tensor: torch.Tensor, *, is_written: bool = True) -> tuple[Array, Callable[[], object]]:
     """Show a tensor as a 1-D array, in place if it is contiguous and in host memory, otherwise as a copy.
 
     Returns the array, and what brings a result in it back to the tensor.
     """
+    if not tensor.requires_grad and tensor.dtype not in _OPAQUE:
+        try:
+            array: Array = tensor.numpy()
+        except (RuntimeError, TypeError):
+            pass  # not in host memory, or not what it seems to be: see below
+        else:
+            if array.flags.c_contiguous:
+                return array.reshape(-1), _nothing
     if tensor.layout != torch.strided:
         raise ConfigError(f"the collective got a {tensor.layout} tensor. Use tensor.to_dense().")
     source = tensor.detach()
@@ -32,7 +48,7 @@ def reduction_of(plain: Reduction, dtype: torch.dtype) -> Reduction:
     """Return the reduction for arrays that `flat` made of tensors of this dtype. Raises ConfigError if it has none."""
     if dtype.is_complex and plain in (MIN, MAX):
         raise ConfigError(f"the collective got op={plain.name.upper()} for {dtype}: complex numbers have no order.")
-    if _is_tiny_float(dtype):
+    if dtype in _TINY_FLOATS:
         raise ConfigError(
             f"the collective got op={plain.name.upper()} for {dtype}, which it only moves. Use tensor.float()."
         )
@@ -42,16 +58,11 @@ def reduction_of(plain: Reduction, dtype: torch.dtype) -> Reduction:
 
 
 def _as_array(host: torch.Tensor) -> Array:
-    if host.dtype == torch.bfloat16:
+    if host.dtype is torch.bfloat16:
         return host.reshape(-1).view(torch.int16).numpy().view(_BFLOAT16)
-    if _is_tiny_float(host.dtype):
+    if host.dtype in _TINY_FLOATS:
         return host.reshape(-1).view(torch.uint8).numpy()
     return host.numpy().reshape(-1)
-
-
-def _is_tiny_float(dtype: torch.dtype) -> bool:
-    """Tell the one-byte floats, which numpy does not know. They travel, and are not reduced."""
-    return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def _nothing() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import numpy as np
@@ -46,8 +46,14 @@ _CPU = torch.device("cpu")
 _living: WeakSet[ProcessGroup] = WeakSet()
 
 
-def register() -> None:
-    """Make the backend known to torch in this process. Importing this module does it too."""
+def register(tls: bool | None = None) -> None:
+    """Make the backend known to torch in this process. Importing this module does it too.
+
+    tls: whether process groups that are made from now on encrypt what leaves a process over TCP; as in
+    `ray_group.register`.
+    """
+    if tls is not None:
+        ProcessGroup.tls = tls
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(BACKEND, ProcessGroup, devices=["cpu"])
 
@@ -55,10 +61,12 @@ def register() -> None:
 class ProcessGroup(dist.ProcessGroup):
     """One rank's part of a process group. Made by torch."""
 
+    tls: ClassVar[bool] = False
+
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: timedelta) -> None:
         super().__init__(rank, world)  # the constructor with a store makes no group that Python can extend (2.13)
         self._store, self._rank, self._world, self._timeout = store, rank, world, timeout
-        self._group, self._post = meet(store, rank, world, timeout.total_seconds(), self._end)
+        self._group, self._post = meet(store, rank, world, timeout.total_seconds(), self._end, tls=self.tls)
         self._turns = Turns()
         self._name, self._description, self._issued = "", "", 0
         self._pid = os.getpid()

@@ -88,26 +88,31 @@ def broadcast(group: Group, tensor: Tensor, root: int) -> None:
 
 
 def allgather(group: Group, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-    rows = group.allgather(flat(tensor, is_written=False)[0])
-    for output, row in zip(outputs, rows):
-        _fill(output, row)
+    targets = [flat(output) for output in outputs]
+    group.allgather_into([target for target, _ in targets], flat(tensor, is_written=False)[0])
+    for _, finish in targets:
+        finish()
 
 
 def allgather_single(group: Group, output: Tensor, tensor: Tensor) -> None:
-    _fill(output, group.allgather(flat(tensor, is_written=False)[0]).reshape(-1))
+    target, finish = flat(output)
+    group.allgather_into(list(target.reshape(group.world, -1)), flat(tensor, is_written=False)[0])
+    finish()
 
 
 def reduce_scatter(group: Group, output: Tensor, inputs: Sequence[Tensor], op: Reducing) -> None:
-    _reduce_scatter(group, output, torch.stack([each.detach() for each in inputs]), op)
+    _reduce_scatter(group, output, [flat(each, is_written=False)[0] for each in inputs], op)
 
 
 def reduce_scatter_single(group: Group, output: Tensor, tensor: Tensor, op: Reducing) -> None:
-    _reduce_scatter(group, output, tensor.detach().clone(), op)
+    parts = flat(tensor, is_written=False)[0].reshape(group.world, -1)
+    _reduce_scatter(group, output, list(parts), op)
 
 
-def _reduce_scatter(group: Group, output: Tensor, joined: Tensor, op: Reducing) -> None:
-    """Reduce within `joined`, which is left in pieces."""
-    _fill(output, group.reducescatter(flat(joined)[0], op.how))
+def _reduce_scatter(group: Group, output: Tensor, parts: Sequence[Array], op: Reducing) -> None:
+    target, finish = flat(output)
+    group.reducescatter_into(target, parts, op.how)
+    finish()
     _average(group, output, op)
 
 
@@ -214,12 +219,6 @@ def _agree(group: Group, call: int, root: int, sends: Sides, places: Sides) -> N
 def _average(group: Group, tensor: Tensor, op: Reducing) -> None:
     if op.is_mean:
         tensor.detach().div_(group.world)
-
-
-def _fill(output: Tensor, values: Array) -> None:
-    array, finish = flat(output)
-    _bytes_of(array)[:] = _bytes_of(values)
-    finish()
 
 
 def _bytes_of(array: Array) -> NDArray[np.uint8]:

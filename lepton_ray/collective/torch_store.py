@@ -17,23 +17,39 @@ import torch.distributed as dist
 from lepton_ray.collective.group import Group
 from lepton_ray.collective.mesh import Exchange
 from lepton_ray.collective.post import Post
-from lepton_ray.errors import WaitTimeout
+from lepton_ray.collective.tls import make_identity
+from lepton_ray.errors import ConfigError, WaitTimeout
 
 # Nobody has this address (RFC 5737), and nothing is sent to it: it only selects the way out of this machine.
 _OUTSIDE = "192.0.2.1"
+_SECRET_BYTES = 64  # in hexadecimal digits
 
 
 def meet(
-    store: dist.Store, rank: int, world: int, timeout_s: float, on_failure: Callable[[str], object]
+    store: dist.Store, rank: int, world: int, timeout_s: float, on_failure: Callable[[str], object], *, tls: bool
 ) -> tuple[Group, Post]:
-    """Form the two parts of a process group. on_failure: as `Post`. Raises PeerLost or WaitTimeout."""
+    """Form the two parts of a process group. on_failure: as `Post`. Raises PeerLost, WaitTimeout or ConfigError.
+
+    tls: whether to encrypt connections. What rank 0 says counts, but who asks for it takes part in no group without.
+    """
     if rank == 0:
-        store.set("secret", secrets.token_hex(32))
+        store.set("secret", secrets.token_hex(_SECRET_BYTES // 2) + (make_identity().decode() if tls else ""))
     _await_keys(store, ["secret"], rank, timeout_s)
-    secret = bytes(store.get("secret"))
+    known = bytes(store.get("secret"))
+    secret, identity = known[:_SECRET_BYTES], known[_SECRET_BYTES:] or None
+    if tls and identity is None:
+        raise ConfigError(f"rank {rank} asks for TLS, and rank 0 does not. Call register(tls=True) in all processes.")
     host = _own_address(store)
-    group = Group(rank, world, secret=_derive(secret, b"group"), timeout_s=timeout_s, host=host)
-    post = Post(rank, world, secret=_derive(secret, b"post"), timeout_s=timeout_s, host=host, on_failure=on_failure)
+    group = Group(rank, world, secret=_derive(secret, b"group"), timeout_s=timeout_s, host=host, identity=identity)
+    post = Post(
+        rank,
+        world,
+        secret=_derive(secret, b"post"),
+        timeout_s=timeout_s,
+        host=host,
+        on_failure=on_failure,
+        identity=identity,
+    )
     try:
         group.form(_exchange(store, "group", rank, world, timeout_s))
         post.form(_exchange(store, "post", rank, world, timeout_s))

@@ -154,6 +154,18 @@ def choose(size_bytes: int, nodes: tuple[int, ...], speeds: Speeds) -> Choice:
     return Choice(route=route, wire=best, route_s=route_s, wire_s=wire_s, reason=reason)
 
 
+def goes_straight(size_bytes: int, nodes: tuple[int, ...], speeds: Speeds) -> bool:
+    """Decide how an array gets from one rank to all, or is reduced into one: True for an exchange of all nodes.
+
+    Otherwise it goes along a chain of all ranks, node by node, piece by piece. That sends nothing twice, but a message
+    waits for that of the node before; an exchange is one message, of an array that the network hardly notices.
+    """
+    if size_bytes > EXCHANGE_BYTES:
+        return False
+    chain_s = speeds.start_s + (len(nodes) - 1) * speeds.latency_s + size_bytes / speeds.bandwidth
+    return predict(size_bytes, nodes, speeds)[Route.EXCHANGE] <= _ROUTE_PAYS * chain_s
+
+
 def explain(choice: Choice) -> str:
     """Say a choice and its figures in three lines."""
     routes, wires = (

@@ -74,7 +74,30 @@ def check_all(rank_rows: Array, op: str, ways: list[str], root: int) -> None:
     array = fresh(is_written=False)
     np.testing.assert_array_equal(group.allgather(array), rank_rows)
     np.testing.assert_array_equal(array, own)
+    check_lists(group, rank_rows, fresh, op)
     group.barrier()
+
+
+def check_lists(group: Group, rank_rows: Array, fresh: Callable[..., Array], op: str) -> None:
+    """Compare operations on a list of arrays, one for each rank, which lie anywhere, also upon each other."""
+    world, rank = group.world, group.rank
+    reduced = OPS[op].apply.reduce(rank_rows, 0, dtype=rank_rows.dtype)
+    rows = [np.empty_like(reduced) if other % 2 else group.empty(reduced.size, reduced.dtype) for other in range(world)]
+    group.allgather_into(rows, fresh(is_written=False))
+    np.testing.assert_array_equal(rows, rank_rows)
+    parts = [np.roll(rank_rows[rank], other) if other % 2 else fresh() for other in range(world)]
+    copies = [part.copy() for part in parts]
+    out = np.empty_like(reduced)
+    group.reducescatter_into(out, parts, OPS[op])
+    np.testing.assert_array_equal(out, np.roll(reduced, rank if rank % 2 else 0))
+    np.testing.assert_array_equal(parts, copies)
+    for at in (rank, (rank + 1) % world):  # in place, and where others still read
+        rows[at][:] = rank_rows[rank]
+        group.allgather_into(rows, rows[at])
+        np.testing.assert_array_equal(rows, rank_rows)
+        again = [part.copy() for part in copies]
+        group.reducescatter_into(again[at], again, OPS[op])
+        np.testing.assert_array_equal(again[at], out)
 
 
 @given(

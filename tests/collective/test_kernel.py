@@ -46,7 +46,7 @@ def test_sums_have_the_bits_of_numpy(kind: str, world: int, count: int) -> None:
     expected = arrays[0].copy()
     for other in arrays[1:]:
         expected += other
-    kernel(arrays)
+    kernel([array.ctypes.data for array in arrays], count)
     assert all(np.array_equal(array, expected) for array in arrays)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lepton_ray.collective.layout import LINE_BYTES, Way, blocks, choose, even_parts, turns, whole_part
+from lepton_ray.collective.layout import LINE_BYTES, Way, blocks, choose, cut, even_parts, turns, whole_part
 
 counts, worlds, itemsizes = st.integers(0, 5000), st.integers(1, 9), st.sampled_from([1, 2, 4, 8, 16])
 
@@ -38,16 +39,24 @@ def test_blocks_cover_a_range_in_order(start: int, length: int, step: int) -> No
 
 @given(st.lists(st.integers(0, 80), min_size=1, max_size=6), st.integers(6, 200))
 def test_turns_bring_every_part_through_the_slot_without_overlap(sizes: list[int], room: int) -> None:
-    bounds = [sum(sizes[:rank]) for rank in range(len(sizes) + 1)]
     seen: list[list[int]] = [[] for _ in sizes]
-    for turn in turns(bounds, room):
+    for turn in turns(sizes, room):
         filled = [i for _, there in turn for i in range(there.start, there.stop)]
         assert filled == list(range(len(filled)))
         assert len(filled) <= room
         for rank, (here, there) in enumerate(turn):
             assert here.stop - here.start == there.stop - there.start
             seen[rank] += range(here.start, here.stop)
-    assert seen == [list(range(start, stop)) for start, stop in zip(bounds, bounds[1:])]
+    assert seen == [list(range(size)) for size in sizes]
+
+
+@given(counts, worlds)
+def test_a_cut_shows_the_parts_of_an_array(count: int, world: int) -> None:
+    array = np.arange(count)
+    parts = cut(array, even_parts(count, world, array.itemsize))
+    assert len(parts) == world
+    assert all(np.shares_memory(part, array) for part in parts if part.size)
+    assert np.concatenate(parts).tolist() == array.tolist()
 
 
 def test_the_way_depends_on_what_all_ranks_know() -> None:

@@ -348,6 +348,77 @@ def test_abort_reaches_a_group_that_waits_and_one_that_still_forms(actors: list[
     assert keys() == []
 
 
+def check_on_a_device(rank: int, group: str) -> None:
+    """With tensors of the CPU as if they lay elsewhere, and Gloo for them."""
+    import ray.util.collective as collective
+    import torch
+
+    from lepton_ray.collective import ray_group
+
+    formed = ray_group._forming_or_formed[group]
+    formed.host_devices = frozenset()
+    if rank == 0:  # two ranks alone do not begin with it
+        collective.send(torch.ones(3), 1, group)
+    else:
+        collective.recv(tensor := torch.zeros(3), 0, group)
+        assert tensor.eq(1).all()
+    for _ in range(2):
+        collective.allreduce(tensor := torch.full((3, 2), rank + 1.0).t(), group)
+        assert tensor.eq(3).all()
+        collective.broadcast(tensor := torch.full((3,), float(rank)), 1, group)
+        assert tensor.eq(1).all()
+        collective.reduce(tensor := torch.full((3,), rank + 1.0), 1, group)
+        assert rank == 0 or tensor.eq(3).all()
+        collective.allgather(rows := [torch.zeros(3) for _ in range(WORLD)], tensor.fill_(rank), group)
+        assert [row[0].item() for row in rows] == [0, 1]
+        collective.barrier(group)
+    assert [type(each).__name__ for each in formed._accelerators.values()] == ["Accelerator"]
+
+
+def test_tensors_of_an_accelerator_go_by_what_torch_has_for_it(actors: list[Any]) -> None:
+    everywhere(actors, join, WORLD, "device", 20)
+    everywhere(actors, check_on_a_device, "device")
+    assert keys() != []  # torch's, for as long as the group lives
+    everywhere(actors, leave, "device")
+    assert keys() == []
+    everywhere(actors, demand_tls, [], 60)
+
+
+def demand_tls(rank: int, ranks: list[int], timeout_s: float) -> None:
+    from lepton_ray.collective import register
+
+    register(timeout_s, tls=rank in ranks)
+
+
+def kinds_of_links(rank: int, group: str) -> set[str]:
+    from lepton_ray.collective import ray_group
+
+    formed = ray_group._forming_or_formed[group].formed
+    return {type(link).__name__ for link in formed._mesh.links.values()}
+
+
+def test_connections_are_encrypted_where_rank_0_says_so_and_nobody_who_wants_it_does_without(actors: list[Any]) -> None:
+    import ray
+
+    from lepton_ray.errors import ConfigError
+
+    try:
+        for ranks in ([0], [0, 1]):
+            everywhere(actors, demand_tls, ranks, 20)
+            everywhere(actors, join, WORLD, "sealed")
+            assert everywhere(actors, kinds_of_links, "sealed") == [{"SealedLink"}] * WORLD
+            assert everywhere(actors, sum_in, ["sealed"]) == [[3.0]] * WORLD
+            everywhere(actors, leave, "sealed")
+        everywhere(actors, demand_tls, [1], 1)
+        joining = [actor.call.remote(join, rank, WORLD, "half sealed") for rank, actor in enumerate(actors)]
+        with pytest.raises(ConfigError, match="asks for TLS, and rank 0 does not"):
+            ray.get(joining[1], timeout=20)
+        ray.wait(joining, num_returns=2, timeout=20)
+        assert keys() == []
+    finally:
+        everywhere(actors, demand_tls, [], 60)
+
+
 def test_a_rank_that_never_comes_is_named(actors: list[Any]) -> None:
     import ray
 

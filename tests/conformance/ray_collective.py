@@ -17,7 +17,6 @@ import os
 import sys
 import types
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +49,15 @@ def main() -> int:
 
     hook()
     os.environ.pop("RAY_ADDRESS", None)
-    ray.init = partial(
-        ray.init,
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={
-            "worker_process_setup_hook": hook,
-            "env_vars": {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        },
-    )
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    start = ray.init
+
+    def init(**options: Any) -> Any:
+        # Made anew for each cluster, since Ray writes into it.
+        runtime_env = {"worker_process_setup_hook": hook, "env_vars": dict(environment)}
+        return start(address="local", include_dashboard=False, log_to_driver=False, runtime_env=runtime_env, **options)
+
+    ray.init = init
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     provide_package(folder)
 

@@ -12,6 +12,7 @@ from lepton_ray.plan.transport import (
     Wire,
     choose,
     explain,
+    goes_straight,
     join,
     lossy_route,
     predict,
@@ -108,6 +109,20 @@ def test_auto_encodes_where_the_network_is_slower_than_the_codec() -> None:
     wires = [choose(64 << 20, (2, 2), link(bits)).wire for bits in (1e8, 1e9, 24e9)]
     assert wires == [Wire.INT8, Wire.INT8, Wire.FP32]
     assert choose(4, (2, 2), link(1e8)).wire is Wire.FP32
+
+
+@given(size=sizes, nodes=nodes_of_any_size, measured=speeds)
+def test_what_goes_straight_is_small_and_sooner_there(size: int, nodes: tuple[int, ...], measured: Speeds) -> None:
+    if goes_straight(size, nodes, measured):
+        assert size <= EXCHANGE_BYTES
+        chain_s = measured.start_s + (len(nodes) - 1) * measured.latency_s + size / measured.bandwidth
+        assert predict(size, nodes, measured)[Route.EXCHANGE] < chain_s
+
+
+def test_a_chain_is_left_where_its_messages_would_wait_for_each_other() -> None:
+    assert goes_straight(4096, (2, 2, 2), link(1e9, latency_s=1e-3))
+    assert not goes_straight(EXCHANGE_BYTES, (2, 2, 2), link(1e8, latency_s=1e-3))
+    assert not goes_straight(4 << 20, (2, 2, 2), link(1e9, latency_s=10e-3))
 
 
 @given(size=sizes, nodes=nodes_of_any_size, measured=speeds)
