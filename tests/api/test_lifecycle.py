@@ -169,7 +169,7 @@ def test_local_ray_has_no_idle_services_and_ends_with_its_driver(storage: str) -
 
 def test_run_stops_with_a_checkpoint_when_its_driver_is_killed(address: str, storage: str) -> None:
     name = "orphan"
-    with driver("train", storage, name, address=address, pace_s=0.2, lease_s=1, workers=1) as script:
+    with driver("train", storage, name, address=address, pace_s=0.2, lease_s=2, workers=1) as script:
         script.go()
         until(saw(storage, name, "step", step=1), "a step")
         kill(script.process.pid)
