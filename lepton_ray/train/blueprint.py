@@ -70,13 +70,13 @@ def build(blueprint: Blueprint, device: torch.device, seed: int) -> Model:
     """
     from lepton_ray.train.model import TorchModel
 
-    if blueprint.kind == "keras" or "keras" in sys.modules:  # an earlier job may have left other settings
+    if blueprint.kind == "keras":
+        from lepton_ray.train import keras as worker_keras  # before anything else imports Keras: see keras_import
+    if "keras" in sys.modules:  # an earlier job may have left other settings
         keras_pack.apply_settings(blueprint.keras_config)
     if blueprint.kind == "module":
         return TorchModel(_load_module(blueprint.payload), device)
     if blueprint.kind == "keras":
-        from lepton_ray.train import keras as worker_keras
-
         return worker_keras.KerasModel(worker_keras.load(blueprint.payload, blueprint.facts, device), device)
     model = _call_factory(blueprint, seed)
     match _framework(model):

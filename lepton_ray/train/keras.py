@@ -27,6 +27,7 @@ from lepton_ray.data.batch import Batch, samples, split_target
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.batch import seed_of
 from lepton_ray.train.blueprint import describe
+from lepton_ray.train.keras_import import without_compiler_and_sklearn
 from lepton_ray.train.keras_pack import NO_SAMPLE, Portable, is_overridden, weight_names
 from lepton_ray.train.model import Buffer, Model
 from lepton_ray.train.objective import Objective, Outcome, call
@@ -41,7 +42,8 @@ _WRONG_BACKEND = (
 if os.environ.get("KERAS_BACKEND") != "torch":
     raise ConfigError(_WRONG_BACKEND.format(found=f"KERAS_BACKEND={os.environ.get('KERAS_BACKEND', '(not set)')}"))
 try:
-    import keras
+    with without_compiler_and_sklearn():
+        import keras
 
     # Private, there since Keras 3.0 and tested: what layers without a seed of their own draw from.
     from keras.src.random.seed_generator import global_seed_generator

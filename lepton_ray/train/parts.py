@@ -125,8 +125,8 @@ def make_parts(
     feed: None for a job that does not train. note: told what was inferred.
     Raises ConfigError.
     """
+    model = build(spec.blueprint, device, seed_of(spec.seed, 0))  # first, so that Keras is imported as we want it
     code: Code = pickle.loads(spec.code)  # made by this package in the user's own driver
-    model = build(spec.blueprint, device, seed_of(spec.seed, 0))
     if isinstance(model, TorchModel):
         loss, metrics = code.loss, code.metrics
         if code.inferred is not None:

@@ -17,7 +17,8 @@ import lepton_ray
 from lepton_ray import ConfigError, Resources, RunCancelled, RunFailed
 from lepton_ray.cluster.names import CONTROLLER_PREFIX, SCHEDULER, actor_names, named_actor
 from lepton_ray.cluster.scheduler import scheduler
-from tests.api.scripts.job import STEPS_PER_EPOCH, make_trainer
+from tests.api.scripts.job import CLASSES, FEATURES, STEPS_PER_EPOCH, make_trainer
+from tests.api.scripts.net import Net
 from tests.api.scripts.processes import (
     controller,
     controller_pid,
@@ -76,11 +77,14 @@ def test_second_driver_attaches_and_a_submitted_run_outlives_its_own(address: st
         assert second.result() == {"sha256": result.receipt.weights_sha256, "steps": END}
     assert len(records(storage, name, "header")) == len(records(storage, name, "started")) == 1
     assert records(storage, name, "resumed") == []
+    logs = Path(result.path, "logs")
+    assert (logs / "rank-0.log").read_text().count("a forward of the user's model") == END  # of its own microbatch
+    assert (logs / "rank-1.log").exists()
 
 
 def test_finished_run_gives_its_result_without_a_cluster(ray_cluster: None, storage: str) -> None:
     name = "done"
-    result = make_trainer(storage, name).submit().wait(60)
+    result = make_trainer(storage, name, workers=1).submit().wait(60)
     with driver("train", storage, name, address="127.0.0.1:1") as script:  # nobody is there
         assert script.go().result() == {"sha256": result.receipt.weights_sha256, "steps": END}
     with pytest.raises(ConfigError) as caught:
@@ -115,11 +119,12 @@ def test_ctrl_c_stops_with_a_checkpoint_and_leaves_nothing(address: str, storage
     until(lambda: set(os.listdir("/dev/shm")) <= shared_memory, "others on this machine to unlink theirs")
 
 
-def test_second_signal_ends_at_once(address: str, storage: str) -> None:
+def test_second_signal_ends_at_once_and_workers_end_when_their_controller_is_killed(address: str, storage: str) -> None:
     name = "impatient"
     with driver("train", storage, name, address=address, pace_s=20, lease_s=2, workers=1) as script:
         script.go()
         until(saw(storage, name, "phase", phase="training"), "the training")
+        job = lepton_ray.attach(name)
         script.process.send_signal(signal.SIGINT)
         until(saw(storage, name, "phase", phase="stopping"), "the stop")
         began_s = time.monotonic()
@@ -127,7 +132,12 @@ def test_second_signal_ends_at_once(address: str, storage: str) -> None:
         assert script.process.wait(30) == 130
         assert time.monotonic() - began_s < 10
     kill(controller_pid(name))
-    until(lambda: not is_left(name), "the scheduler to free what the job held")
+    with pytest.raises(RunFailed, match=f"controller of '{name}' died.* start the run again under its name"):
+        job.wait(30)
+    assert job.status()["outcome"] == "lost"
+    pids = worker_pids(storage, name)
+    until(lambda: all(is_gone(pid) for pid in pids), "the workers to end themselves", limit_s=20)
+    until(lambda: not is_left(name), "the scheduler to free what the job held", limit_s=20)
 
 
 def test_local_ray_has_no_idle_services_and_ends_with_its_driver(storage: str) -> None:
@@ -159,7 +169,7 @@ def test_local_ray_has_no_idle_services_and_ends_with_its_driver(storage: str) -
 
 def test_run_stops_with_a_checkpoint_when_its_driver_is_killed(address: str, storage: str) -> None:
     name = "orphan"
-    with driver("train", storage, name, address=address, pace_s=0.2, lease_s=1, workers=1) as script:
+    with driver("train", storage, name, address=address, pace_s=0.2, lease_s=2, workers=1) as script:
         script.go()
         until(saw(storage, name, "step", step=1), "a step")
         kill(script.process.pid)
@@ -171,33 +181,19 @@ def test_run_stops_with_a_checkpoint_when_its_driver_is_killed(address: str, sto
 
 def test_cancelled_run_goes_on(ray_cluster: None, storage: str) -> None:
     name = "cancelled"
-    job = make_trainer(storage, name, pace_s=PACE_S).submit()
+    job = make_trainer(storage, name, workers=1, model=Net(FEATURES, CLASSES, PACE_S)).submit()
     until(saw(storage, name, "step", step=5), "a step")
     job.cancel("enough for today")
     with pytest.raises(RunCancelled, match=f"{name} stopped: enough for today"):
         job.wait(30)
     assert job.status()["outcome"] == "cancelled"
-    result = make_trainer(storage, name).submit().wait(60)
+    result = make_trainer(storage, name, workers=1, model=Net(FEATURES, CLASSES)).submit().wait(60)
     assert (result.receipt.steps, result.receipt.samples_lost, result.receipt.samples_repeated) == (END, 0, 0)
     log = Path(result.path, "logs", "rank-0.log").read_text()
-    assert log.count("a forward of the user's model") == END
-    assert Path(result.path, "logs", "rank-1.log").exists()
+    assert log.count("a forward of the user's model") == 2 * END  # of both microbatches, in both lives together
 
 
 # --- leases -----------------------------------------------------------------------------------------------------------
-
-
-def test_workers_end_when_their_controller_is_killed(ray_cluster: None, storage: str) -> None:
-    name = "headless"
-    job = make_trainer(storage, name, pace_s=0.1, lease_s=2, workers=1).submit()
-    until(saw(storage, name, "step"), "a step")
-    kill(controller_pid(name))
-    with pytest.raises(RunFailed, match=f"controller of '{name}' died.* start the run again under its name"):
-        job.wait(30)
-    assert job.status()["outcome"] == "lost"
-    pids = worker_pids(storage, name)
-    until(lambda: all(is_gone(pid) for pid in pids), "the workers to end themselves", limit_s=20)
-    until(lambda: not is_left(name), "the scheduler to free what the job held", limit_s=20)
 
 
 def test_runs_go_on_without_the_scheduler_and_the_next_one_knows_them(ray_cluster: None, storage: str) -> None:

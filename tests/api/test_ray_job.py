@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -121,8 +122,9 @@ def test_submitted_job_trains_and_its_run_stays(cluster: dict[str, str]) -> None
 
 def test_job_stop_acts_like_ctrl_c(cluster: dict[str, str], tmp_path: Path) -> None:
     storage, name = str(tmp_path), "stopped"
-    command = ["python", "jobs/train_digits.py", "--workers", "2", "--epochs", "2000", "--name", name]
-    said = ray_job(cluster, "submit", "--no-wait", "--working-dir", ".", "--", *command, "--storage", storage)
+    endless = json.dumps({"epochs": 1_000_000, "callbacks": [], "scheduler": None}, separators=(",", ":"))
+    command = ["python", "-m", "tests.api.scripts.driver", "train", storage, name, endless]
+    said = ray_job(cluster, "submit", "--no-wait", "--working-dir", ".", "--", *command)
     job = re.search(r"raysubmit_\w+", said)
     assert job is not None, said
     until(saw(storage, name, "step", step=10), "a step", LIMIT_S)

@@ -67,6 +67,11 @@ def kill_all(storage: str, name: str, driver_pid: int) -> None:
     until(lambda: controller(name) is None, "Ray to notice")
 
 
+def lived(storage: str, name: str) -> int:
+    """Count the lives of a run that came to train."""
+    return len([record for record in records(storage, name) if record["event"] in ("started", "resumed")])
+
+
 def is_writing(storage: str, name: str) -> bool:
     """Tell whether a checkpoint beyond the first is being written: a folder that has no manifest yet."""
     folder = f"{storage}/{name}/checkpoints"
@@ -97,9 +102,11 @@ def test_killed_run_ends_with_the_same_model(undisturbed: Result, address: str, 
             scripts.enter_context(driver("train", storage, name, address=address, pace_s=PACE_S)) for _ in moments
         ]
         for script, (what, moment) in zip(drivers, moments):
+            lives = lived(storage, name)
             script.go()
+            until(lambda lives=lives: lived(storage, name) > lives, "the training to begin")
             until(moment, what, every_s=0.001)
             kill_all(storage, name, script.process.pid)
     result = make_trainer(storage, name, pace_s=PACE_S).submit().wait(100)
-    assert len([r for r in records(storage, name) if r["event"] in ("started", "resumed")]) >= len(moments)
+    assert lived(storage, name) >= len(moments)
     assert_same(result, undisturbed, storage)

@@ -116,7 +116,7 @@ def test_a_frozen_model_is_refused():
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 QUIET = """
-import functools, sys, warnings
+import functools, importlib.util, os, sys, warnings
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
@@ -148,12 +148,23 @@ for name, spec in specs.items():
     built[name] = run(a_model(), 5)
     optimizer = next(iter(optimizers.make_optimizer(spec, a_model()).named.values()))
     optimizer.load_state_dict(built[name][1])
+def draw():
+    "Use what Keras keeps from being compiled."
+    return keras.random.normal((3,), seed=1) if has_keras else torch.zeros(3)
+has_keras = importlib.util.find_spec("keras") is not None
+if has_keras:
+    os.environ["KERAS_BACKEND"] = "torch"
+    from lepton_ray.train.keras import keras
+quiet_draw = draw()
 assert "torch._dynamo" not in sys.modules, "torch._dynamo was imported"
+assert "sklearn" not in sys.modules, "scikit-learn was imported"
 
 step = lambda optimizer: optimizer.step()
 for name, spec in specs.items():
     ordinary[name] = run(a_model(), 5)
 assert "torch._dynamo" in sys.modules
+assert torch.equal(draw(), quiet_draw)
+assert torch._dynamo.is_compiling() is False  # the real one
 for name in specs:
     (ours, our_state), (theirs, their_state) = built[name], ordinary[name]
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs)), name
@@ -167,7 +178,7 @@ assert not hasattr(torch.optim.Optimizer.state_dict.__wrapped__, "__dynamo_disab
 
 
 @pytest.mark.slow
-def test_steps_leave_dynamo_out_and_equal_the_ordinary_ones_bit_for_bit():
+def test_steps_and_keras_leave_dynamo_out_and_equal_the_ordinary_ones_bit_for_bit():
     """In a process of its own, since the ordinary step imports torch._dynamo for good."""
     subprocess.run([sys.executable, "-c", QUIET], check=True, timeout=100)
 

@@ -1,6 +1,6 @@
 """A user's script, for tests that send signals to it: python driver.py train|submit STORAGE NAME OPTIONS(JSON).
 
-Prints "ready", waits for a line, starts the run, and prints what came out as JSON.
+Prints "ready", waits for a line (or for the end of its input), starts the run, and prints what came out as JSON.
 """
 
 from __future__ import annotations

@@ -1,48 +1,42 @@
-"""The training that the tests of durability start, stop and kill: everything that has a state is in it."""
+"""The training that the tests of durability start, stop and kill: everything that has a state is in it.
+
+The model is made in the workers, so that a driver does not import torch: that takes longer than most of these runs.
+"""
 
 from __future__ import annotations
 
-import os
-import time
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from lepton_ray import Batch, Checkpoints, DistributedTrainer, EarlyStopping, Faults
 
-SAMPLES, FEATURES, CLASSES, WIDTH = 240, 64, 4, 2048
+if TYPE_CHECKING:
+    import torch
+
+SAMPLES, FEATURES, CLASSES = 240, 64, 4
 STEPS_PER_EPOCH = 15
 EPOCHS = 8
 
 
-class Net(nn.Module):
-    """BatchNorm, dropout, and enough weights for a checkpoint to take a moment."""
+def make_net(pace_s: float, gate: str | None) -> torch.nn.Module:
+    """Make the model, in the worker."""
+    from tests.api.scripts.net import Net
 
-    def __init__(self, pace_s: float, gate: str | None) -> None:
-        """pace_s: how long a forward takes. gate: a file without which the seventh forward does not end."""
-        super().__init__()
-        self.a, self.norm, self.drop = nn.Linear(FEATURES, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.2)
-        self.b = nn.Linear(WIDTH, CLASSES)
-        self.pace_s, self.gate, self.forwards = pace_s, gate, 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            print("a forward of the user's model")
-            time.sleep(self.pace_s)
-            self.forwards += 1
-            while self.gate and self.forwards > 6 and not os.path.exists(self.gate):
-                time.sleep(0.01)
-        return self.b(self.drop(torch.relu(self.norm(self.a(x)))))
+    return Net(FEATURES, CLASSES, pace_s, gate)
 
 
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=0.003)
+def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
+    from torch.optim import Adam
+
+    return Adam(model.parameters(), lr=0.003)
 
 
 def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=EPOCHS * STEPS_PER_EPOCH)
+    from torch.optim.lr_scheduler import OneCycleLR
+
+    return OneCycleLR(optimizer, 0.01, total_steps=EPOCHS * STEPS_PER_EPOCH)
 
 
 def make_trainer(
@@ -52,7 +46,7 @@ def make_trainer(
     workers: int = 2,
     pace_s: float = 0.0,
     gate: str | None = None,
-    is_seeded: bool = True,
+    model: torch.nn.Module | None = None,
     every_steps: int = 4,
     lease_s: float = 15,
     **options: Any,
@@ -61,10 +55,6 @@ def make_trainer(
     random = np.random.default_rng(0)
     x = random.normal(size=(SAMPLES, FEATURES)).astype(np.float32)
     y = (x @ random.normal(size=(FEATURES, CLASSES))).argmax(1)
-    if is_seeded:
-        torch.manual_seed(3)
-    else:
-        torch.seed()
     settings: dict[str, Any] = {
         "num_workers": workers,
         "epochs": EPOCHS,
@@ -78,6 +68,5 @@ def make_trainer(
         "faults": Faults(lease_s=lease_s),
         "seed": 11,
     }
-    return DistributedTrainer(
-        Net(pace_s, gate), (x, y), (x[:60], y[:60]), name=name, storage=storage, **{**settings, **options}
-    )
+    made: Any = functools.partial(make_net, pace_s, gate) if model is None else model
+    return DistributedTrainer(made, (x, y), (x[:60], y[:60]), name=name, storage=storage, **{**settings, **options})
