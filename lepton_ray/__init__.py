@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lepton_ray.callbacks import TensorBoard as TensorBoard
     from lepton_ray.config import Batch as Batch
     from lepton_ray.config import Checkpoints as Checkpoints
+    from lepton_ray.config import Elastic as Elastic
     from lepton_ray.config import Faults as Faults
     from lepton_ray.config import OuterSGD as OuterSGD
     from lepton_ray.config import Parallel as Parallel
@@ -37,7 +38,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "callbacks": ("Callback", "EarlyStopping", "TensorBoard"),
-    "config": ("Batch", "Checkpoints", "Faults", "OuterSGD", "Parallel", "Resources", "Sync"),
+    "config": ("Batch", "Checkpoints", "Elastic", "Faults", "OuterSGD", "Parallel", "Resources", "Sync"),
     "errors": (
         "CheckpointError",
         "ConfigError",

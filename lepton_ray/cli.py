@@ -3,6 +3,8 @@
     lepton_ray warm --workers 2      keep processes ready that have imported torch
     lepton_ray status [NAME]         what the cluster runs, or how a job is doing
     lepton_ray stop NAME             stop a job at the next step boundary, with a checkpoint
+    lepton_ray resize NAME WORKERS   let a job go on with another number of workers
+    lepton_ray verify FOLDER         check the journal and the model of a run: was every sample used once?
 
 The cluster is the one that RAY_ADDRESS names ("auto": the one on this machine).
 """
@@ -24,11 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     if os.path.exists(os.path.expanduser("~/.ray/auth_token")):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported, and does not look by itself
     try:
-        options.run(options)
+        return int(options.run(options) or 0)
     except LeptonError as error:
         print(f"lepton_ray: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     stop = verbs.add_parser("stop", help="stop a job at the next step boundary, with a checkpoint")
     stop.add_argument("name", help="of the job")
     stop.set_defaults(run=_stop)
+    resize = verbs.add_parser("resize", help="let a job go on with another number of workers")
+    resize.add_argument("name", help="of the job")
+    resize.add_argument("workers", type=int, help="how many")
+    resize.set_defaults(run=_resize)
+    verify = verbs.add_parser("verify", help="check the journal and the model of a run; needs no cluster")
+    verify.add_argument("folder", help="of the run: a path, or a URL")
+    verify.set_defaults(run=_verify)
     return parser
 
 
@@ -79,6 +87,26 @@ def _stop(options: argparse.Namespace) -> None:
 
     attach(options.name).cancel("stopped from the command line")
     print(f"{options.name} stops at its next step boundary")
+
+
+def _resize(options: argparse.Namespace) -> None:
+    from lepton_ray.job import attach
+
+    attach(options.name).resize(options.workers)
+    print(f"{options.name} goes on with {options.workers} workers as soon as they are there")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from lepton_ray.verify import SHOWN, verify
+
+    folder = options.folder if "://" in options.folder else os.path.abspath(options.folder)
+    problems, told = verify(folder)
+    for line in (*told, *problems[:SHOWN]):
+        print(line)
+    if len(problems) > SHOWN:
+        print(f"and {len(problems) - SHOWN} more")
+    print(f"{len(problems)} problems" if problems else "every sample was used exactly once")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

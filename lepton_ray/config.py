@@ -17,6 +17,9 @@ Wire = Literal["fp32", "bf16", "int8", "auto"]
 WIRES: tuple[str, ...] = ("fp32", "bf16", "int8", "auto")
 
 
+_TIMEOUTS = ("collective_timeout_s", "start_timeout_s", "admit_timeout_s", "silence_timeout_s", "settle_timeout_s")
+
+
 def _positive(owner: str, name: str, value: float, *, least: float = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value < least:
         raise ConfigError(f"{owner}({name}={value!r}): expected a number >= {least:g}.")
@@ -75,8 +78,48 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Elastic:
+    """How many workers a run may have; it takes as many as there is room for, and goes on while some are exchanged."""
+
+    min: int = 1
+    """It begins, and goes on, with as few."""
+    max: int
+    """It never has more."""
+    is_fixed: bool = False
+    """It begins with all of them."""
+
+    def __post_init__(self) -> None:
+        for name in ("min", "max"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"Elastic({name}={value!r}): expected a whole number >= 1.")
+        if self.min > self.max:
+            raise ConfigError(f"Elastic(min={self.min}, max={self.max}): min is more than max.")
+
+    @classmethod
+    def of(cls, workers: int | tuple[int, int] | Elastic) -> Elastic:
+        """Read what the user may write: a number, (min, max) or an Elastic. Raises ConfigError."""
+        if isinstance(workers, Elastic):
+            return workers
+        if isinstance(workers, tuple) and len(workers) == 2:
+            return cls(min=workers[0], max=workers[1])
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+            raise ConfigError(
+                f"num_workers={workers!r}: expected a whole number >= 1, or Elastic(min=..., max=...), or (min, max)."
+            )
+        return cls(min=workers, max=workers, is_fixed=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """How patient a run is."""
+    """What a run survives, and how patient it is."""
+
+    retries: int = 3
+    """Failures in a row, without a step in between, that a run survives."""
+    silence_timeout_s: float = 1.5
+    """Longest time that a worker may owe an answer while the others answer."""
+    settle_timeout_s: float = 30
+    """Longest time that a worker may take to leave a step that the others have left."""
 
     collective_timeout_s: float = 60
     """Longest time that a collective waits for a peer without progress."""
@@ -88,8 +131,10 @@ class Faults:
     """A worker ends itself when its controller, and a controller when its driver, was silent for so long."""
 
     def __post_init__(self) -> None:
-        for name in ("collective_timeout_s", "start_timeout_s", "admit_timeout_s", "lease_s"):
+        for name in (*_TIMEOUTS, "lease_s"):
             _positive("Faults", name, getattr(self, name), least=0.1)
+        if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
+            raise ConfigError(f"Faults(retries={self.retries!r}): expected a whole number >= 0.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +280,7 @@ def is_larger_better(metric: str, mode: Literal["auto", "min", "max"]) -> bool:
 
 def check(
     *,
-    num_workers: int,
+    workers: Elastic,
     batch: Batch,
     epochs: int | None,
     steps: int | None,
@@ -250,8 +295,7 @@ def check(
 
     Raises ConfigError.
     """
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
-        raise ConfigError(f"num_workers={num_workers!r}: expected a whole number >= 1.")
+    num_workers = workers.max
     if epochs is not None and steps is not None:
         raise ConfigError(f"epochs={epochs} and steps={steps} contradict each other. Give one of them.")
     for name, value in (("epochs", epochs), ("steps", steps), ("validate_every", validate_every)):

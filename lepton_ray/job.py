@@ -12,17 +12,20 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from lepton_ray import journal
 from lepton_ray.cluster import launch
 from lepton_ray.cluster.connect import connect
 from lepton_ray.cluster.names import answer
 from lepton_ray.errors import ConfigError, RunCancelled, RunFailed, WaitTimeout, WorkerFailed
-from lepton_ray.plan.membership import Outcome, Phase
+from lepton_ray.plan.events import Outcome, Phase
 from lepton_ray.progress import Progress
 from lepton_ray.result import Result, make_result
 from lepton_ray.storage import Folder
+
+COMES_BACK_S = 30.0
+"""How long a controller whose process died is waited for."""
 
 
 class Job:
@@ -100,6 +103,20 @@ class Job:
             with suppress(RayActorError):
                 answer(self._controller.stop.remote(reason), self._who())
 
+    def resize(self, workers: int) -> None:
+        """Go on with another number of workers, as soon as they are there; training goes on meanwhile.
+
+        Raises ConfigError for a number that the run cannot have; RunFailed when it is over.
+        """
+        if self._controller is None:
+            raise RunFailed(f"{self.name} is over; it cannot be resized.")
+        try:
+            answer(self._controller.resize.remote(workers), self._who())
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError:
+            raise RunFailed(f"{self.name} is over; it cannot be resized.") from None
+
     def collect(self) -> tuple[list[dict[str, Any]], list[Any]]:
         """Wait for a job without a journal; return its records and what its workers predicted."""
         records: list[dict[str, Any]] = []
@@ -135,9 +152,16 @@ class Job:
 
         Returns them, the next position, and whether the last of them is the end.
         """
+        deadline_s = time.monotonic() + COMES_BACK_S
         try:
-            fresh, after, is_over = answer(self._controller.events.remote(position), self._who())
-            return fresh, after, is_over
+            while True:
+                try:
+                    fresh, after, is_over = answer(self._controller.events.remote(position), self._who())
+                    return fresh, after, is_over
+                except ActorUnavailableError:  # its process died, and Ray starts another
+                    if time.monotonic() > deadline_s:
+                        raise
+                    time.sleep(0.2)
         except RayActorError:
             ended = _end_of(journal.read(Folder(self.path)))
             if ended is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lepton_ray.callbacks import EarlyStopping
-from lepton_ray.config import Batch, Checkpoints, Parallel, Sync, check
+from lepton_ray.config import Batch, Checkpoints, Elastic, Parallel, Sync, check
 from lepton_ray.data.arrays import ArraySource
 from lepton_ray.data.batch import split_target
 from lepton_ray.data.sources import Source, Stream, describe, label_range
@@ -40,7 +40,7 @@ PROBE_PARAMETERS = 50_000_000
 class Options:
     """The trainer's arguments, as given."""
 
-    num_workers: int
+    workers: Elastic
     loss: Any
     optimizer: Any
     scheduler: Any
@@ -78,7 +78,7 @@ class Prepared:
 def prepare(model: Any, train: Source | Stream, test: Source | Stream | None, options: Options) -> Prepared:
     """Check everything and pack it. Raises ConfigError."""
     batch = check(
-        num_workers=options.num_workers,
+        workers=options.workers,
         batch=options.batch,
         epochs=options.epochs,
         steps=options.steps,
@@ -347,7 +347,7 @@ def _sync(options: Options) -> dict[str, Any] | None:
     """Describe how workers exchange what they learn. After local steps no other can go on from a worker's state."""
     if options.sync == Sync():
         return None
-    workers = {"num_workers": options.num_workers} if options.sync.is_local else {}
+    workers = {"num_workers": options.workers.max} if options.sync.is_local else {}
     return {**asdict(options.sync), **workers}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lepton_ray import journal
 from lepton_ray.callbacks import Callback
-from lepton_ray.config import Batch, Checkpoints, Faults, Parallel, Precision, Resources, Sync
+from lepton_ray.config import Batch, Checkpoints, Elastic, Faults, Parallel, Precision, Resources, Sync
 from lepton_ray.data.sources import Source, Stream, make_source, spare_cpus
 from lepton_ray.errors import ConfigError
 from lepton_ray.job import Job
@@ -32,7 +32,8 @@ class DistributedTrainer:
         in the workers).
     train_data, test_data: `(x, y)` of numpy arrays or torch tensors, a torch `Dataset`, a `ray.data.Dataset`, or the
         path (or glob) of Parquet files.
-    num_workers: processes that train together, each with `resources`.
+    num_workers: processes that train together, each with `resources`. `Elastic(min=2, max=8)`, or (2, 8): as many of
+        them as there is room for.
     loss, optimizer, metrics: words ("cross_entropy", "adam", "accuracy", ...) or callables. Without a loss it is
         inferred from the data, or taken from a compiled Keras model. An optimizer callable gets the model, a loss and
         a metric get (outputs, target) and return a mean or (sum, weight).
@@ -62,7 +63,7 @@ class DistributedTrainer:
         train_data: Any,
         test_data: Any = None,
         *,
-        num_workers: int = 1,
+        num_workers: int | tuple[int, int] | Elastic = 1,
         loss: str | Callable[..., Any] | None = None,
         optimizer: str | Callable[..., Any] | None = None,
         scheduler: Callable[..., Any] | None = None,
@@ -104,7 +105,9 @@ class DistributedTrainer:
         self._train = make_source(train_data, transform=transform, collate=collate, name="train_data")
         self._test = _optional_source(test_data, transform, collate)
         self._shaping: dict[str, Any] = {"transform": transform, "collate": collate}
-        self._num_workers, self._resources, self._faults = num_workers, resources, faults
+        self._workers = Elastic.of(num_workers)
+        self._is_resizable = step_fn is None and not sync.is_local
+        self._resources, self._faults = resources, faults
         self._name = _checked_name(name)
         self._storage = None if storage is None else Folder(os.fspath(storage))
         self._prepared: Prepared = prepare(
@@ -112,7 +115,7 @@ class DistributedTrainer:
             self._train,
             self._test,
             Options(
-                num_workers=num_workers,
+                workers=self._workers,
                 loss=loss,
                 optimizer=optimizer,
                 scheduler=scheduler,
@@ -192,11 +195,12 @@ class DistributedTrainer:
                 spec=with_place(self._prepared.spec, name, folder.url),
                 train_source=self._train,
                 test_source=self._test,
-                num_workers=self._num_workers,
+                workers=self._workers,
                 slot=slot,
                 spare_cpus=spare,
                 faults=self._faults,
                 has_lease=has_lease,
+                is_resizable=self._is_resizable,
                 generation=earlier,
                 header=None if earlier else self._header(name),
             )
@@ -209,8 +213,9 @@ class DistributedTrainer:
         """Reach a cluster with room for the workers and `spare` more CPUs; return what a worker gets."""
         from lepton_ray.cluster import launch
 
-        launch.connect(self._num_workers, self._resources.cpus, spare)
-        return launch.check_room(self._num_workers, self._resources, spare)
+        launch.connect(self._workers.max, self._resources.cpus, spare)
+        least = self._workers.min if self._is_resizable else self._workers.max
+        return launch.check_room(least, self._resources, spare)
 
     def _earlier(self, name: str, folder: Folder) -> Job | int:
         """Return a finished run of this name, or the last generation of an unfinished one (0: there is none).
@@ -238,7 +243,7 @@ class DistributedTrainer:
         return {
             "name": name,
             "config": self._prepared.config,
-            "num_workers": self._num_workers,
+            "num_workers": [self._workers.min, self._workers.max],
             "resources": asdict(self._resources),
             "notes": self._prepared.notes,
         }
@@ -270,7 +275,7 @@ class DistributedTrainer:
             spec=replace(with_place(self._prepared.spec, name, run_url), mode=mode),
             train_source=None,
             test_source=source,
-            num_workers=self._num_workers,
+            workers=self._workers,
             slot=slot,
             spare_cpus=spare,
             faults=self._faults,

@@ -35,6 +35,7 @@ PUBLIC_NAMES = {
     "ConfigError",
     "DistributedTrainer",
     "EarlyStopping",
+    "Elastic",
     "Faults",
     "Job",
     "LeptonError",

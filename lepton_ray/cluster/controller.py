@@ -15,29 +15,52 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
-from lepton_ray.cluster.names import CALL_TIMEOUT_S
-from lepton_ray.cluster.scheduler import Held, Places, free, scheduler
-from lepton_ray.cluster.worker import Assignment, new_worker
-from lepton_ray.config import Faults
+from lepton_ray import journal
+from lepton_ray.cluster.claim import Claim
+from lepton_ray.cluster.crew import Crew
+from lepton_ray.cluster.ledger import Ledger
+from lepton_ray.cluster.order import Order
+from lepton_ray.cluster.places import Held
+from lepton_ray.errors import ConfigError, RunFailed
 from lepton_ray.journal import Journal
-from lepton_ray.plan import membership
-from lepton_ray.plan.allocate import Refuse
-from lepton_ray.plan.membership import Ask, Command, End, Event, Failure, Form, Outcome, Phase, Start, Stop, Train
-from lepton_ray.plan.types import Request, Slot
+from lepton_ray.plan.adopt import adopt
+from lepton_ray.plan.events import (
+    BETWEEN,
+    Abort,
+    Ask,
+    Broke,
+    Command,
+    Committed,
+    End,
+    Event,
+    Failure,
+    Form,
+    Limits,
+    Outcome,
+    Pause,
+    Phase,
+    Release,
+    ResizeAsked,
+    Run,
+    Start,
+    Stop,
+    StopAsked,
+    Tick,
+    Train,
+)
+from lepton_ray.plan.membership import advance, begin
+from lepton_ray.plan.record import began, of_this_life, remembered, told
+from lepton_ray.plan.replicas import is_there
 from lepton_ray.storage import Folder
 
 log = logging.getLogger(__name__)
 
-ASK_AGAIN = 5
-"""Schedulers that may die on a run before it gives up."""
-RESET_S = 5.0
-"""A worker that needs longer to forget its job is ended."""
 LINGER_S = 30.0
 """How long an ended run waits for its driver to read the end."""
 OUTPUTS_S = 600.0
@@ -51,36 +74,21 @@ EVENTS_WAIT_S = 5.0
 """How long a question for events may stay open."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """A job as its controller needs it."""
-
-    name: str
-    run_url: str
-    mode: str
-    num_workers: int
-    slot: Slot
-    environment: str
-    faults: Faults
-    has_lease: bool
-    """The run ends when its driver falls silent."""
-    generation: int
-    """The last one of the run's earlier lives."""
-    path: Sequence[str]
-    """The driver's import path."""
-    spare_cpus: int
-    header: dict[str, Any] | None
-    """What the journal of a new run begins with."""
-
-
 class Controller:
     """One life of a run. All methods run on one event loop; `_advance` is the only writer of the state."""
 
     _order: Order
+    _crew: Crew
+    _claim: Claim
 
-    def __init__(self, own: Any, end: Callable[[bool], Any]) -> None:
-        """own: the handle that others call this by. end: see `ControllerHost`; the next life is what it returns."""
-        self._own, self._end_life = own, end
+    def __init__(
+        self, own: Any, end: Callable[[bool], Any], keep: Callable[[Order], None], kept: Order | None = None
+    ) -> None:
+        """own: the handle that others call this by. end: see `ControllerHost`; the next life is what it returns.
+
+        keep: holds an order for the process that comes when this one dies. kept: what it held.
+        """
+        self._own, self._end_life, self._keep_order = own, end, keep
         self._began = asyncio.Event()
         self._records: list[dict[str, Any]] = []
         self._forgotten = 0
@@ -88,18 +96,16 @@ class Controller:
         self._news, self._read, self._left = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._journal: Journal | None = None
         self._refs: dict[str, Any] = {}
-        self._places: list[Held] = []
-        self._workers: list[Any] = []
         self._outputs: list[Any] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._driver_seen_s = time.monotonic()
         self._is_over = False
-        self._run: membership.Run | None = None
-        self._recorded: dict[int, int] = {}
-        """Steps that the journal holds the work of, per rank."""
-        self._progress = asyncio.Event()
+        self._run: Run | None = None
+        self._ledger = Ledger()
         self._waits_for = ""
         self._spawn(self._tick())
+        if kept is not None:
+            self._spawn(self._come_back(kept))
 
     # --- called by the driver ----------------------------------------------------------------------------------------
 
@@ -112,14 +118,18 @@ class Controller:
 
     async def begin(self, order: Order, spec: Any, train_source: Any, test_source: Any) -> None:
         """Start the run. spec and sources are lists of one ObjectRef (so that Ray passes the reference), or of none."""
-        self._order = order
-        self._driver_seen_s = time.monotonic()
-        limits = membership.Limits(admit_s=order.faults.admit_timeout_s, start_s=order.faults.start_timeout_s)
-        self._run, commands = membership.begin(order.num_workers, limits, order.generation, time.monotonic())
-        await self._watched(self._set_up(commands, spec=spec, train_source=train_source, test_source=test_source))
+        self._take_order(order)
+        self._keep_order(order)
+        await self._watched(self._set_up(spec=spec, train_source=train_source, test_source=test_source))
         self._began.set()
 
-    async def _set_up(self, commands: Sequence[Command], **references: Sequence[Any]) -> None:
+    def _take_order(self, order: Order) -> None:
+        self._order = order
+        self._driver_seen_s = time.monotonic()
+        self._crew = Crew(order, self._own, tell=self._advance, write=self._write, spawn=self._spawn)
+        self._claim = Claim(order, self._own, self._crew, tell=self._advance, write=self._write, spawn=self._spawn)
+
+    async def _set_up(self, **references: Sequence[Any]) -> None:
         if self._order.mode == "train":
             self._journal = Journal(Folder(self._order.run_url))
         if self._order.header is not None:
@@ -128,7 +138,55 @@ class Controller:
             await asyncio.to_thread(self._journal.flush)  # workers and other drivers look for it
         sys.path[:0] = [entry for entry in self._order.path if entry not in sys.path]
         self._refs = {name: await self._keep(refs) for name, refs in references.items()}
-        await self._obey(commands)
+        self._begin("begin", self._plan())
+
+    def _begin(self, how: str, arguments: dict[str, Any]) -> None:
+        """Start the state machine, anew or where an earlier life of this left it."""
+        self._run, commands = (begin if how == "begin" else adopt)(**arguments)
+        self._write([began(how, arguments, commands)])
+        self._obey(commands)
+        self._spawn(self._crew.watch(self._watched_workers))
+
+    async def _come_back(self, order: Order) -> None:
+        """Take over the workers that an earlier process left: they went on training meanwhile."""
+        self._take_order(order)
+        await self._watched(self._take_over())
+        self._began.set()
+
+    async def _take_over(self) -> None:
+        order = self._order
+        if order.mode == "train":
+            records = of_this_life(await asyncio.to_thread(journal.read, Folder(order.run_url)))
+            self._journal = Journal(Folder(order.run_url))
+            self._records = [dict(record) for record in records]
+            for record in records:
+                self._ledger.is_new(record)
+        arguments = self._plan()
+        now_s = arguments.pop("now_s")
+        run = Run(**arguments)
+        past = remembered(self._records)
+        words = await self._claim.take_over(self._records)
+        self._begin("adopt", {"run": run, "past": past, "held": [*self._crew.held], "words": words, "now_s": now_s})
+
+    def _plan(self) -> dict[str, Any]:
+        """Return what `plan.membership.begin` takes. Replicas that cannot be fewer wait for each other."""
+        order, faults = self._order, self._order.faults
+        size = order.size
+        least = order.workers.min if order.is_resizable else order.workers.max
+        return {
+            "size": size,
+            "least": 1 if order.is_resizable and order.workers.is_fixed else least // size,
+            "start": least // size,
+            "target": order.workers.max // size,
+            "generation": order.generation,
+            "limits": Limits(
+                admit_s=faults.admit_timeout_s,
+                start_s=faults.start_timeout_s,
+                settle_s=faults.settle_timeout_s,
+                retries=faults.retries,
+            ),
+            "now_s": time.monotonic(),
+        }
 
     async def events(self, position: int) -> tuple[list[dict[str, Any]], int, bool]:
         """Wait a moment for records from `position` on; return them, the next position, and whether the run is over."""
@@ -153,7 +211,8 @@ class Controller:
             "phase": run.phase.value if run else Phase.WAITING.value,
             "outcome": run.outcome.value if run and run.outcome else None,
             "generation": run.generation if run else 0,
-            "workers": len(self._workers),
+            "workers": len(run.members if run and run.members else self._crew),
+            "target": run.target * run.size if run else None,
             "path": self._order.run_url,
             "pid": os.getpid(),
             **({"reason": self._waits_for} if run and run.phase is Phase.WAITING and self._waits_for else {}),
@@ -163,7 +222,25 @@ class Controller:
     async def stop(self, reason: str) -> None:
         """Stop at the next step boundary, with a checkpoint."""
         await self._began.wait()
-        await self._advance(membership.StopAsked(reason))
+        self._advance(StopAsked(reason))
+
+    async def resize(self, workers: int) -> None:
+        """Go on with another number of workers, as soon as they are there. Raises ConfigError."""
+        await self._began.wait()
+        order = self._order
+        if self._is_over:
+            raise RunFailed(f"{order.name} is over; it cannot be resized.")
+        if not order.is_resizable:
+            raise ConfigError(
+                f"{order.name} cannot be resized: after local steps, and with a step_fn that steps its optimizers, the "
+                "state of each worker is its own. Stop it, and start it under another name."
+            )
+        if not 1 <= workers <= order.most or workers % order.size:
+            raise ConfigError(
+                f"resize({workers}): expected a number of workers from {order.size} to {order.most}, the microbatches "
+                "of a step (Batch(microbatches=...) of the trainer)."
+            )
+        self._advance(ResizeAsked(workers // order.size, f"resized to {workers} workers"))
 
     async def outputs(self) -> list[Any]:
         """Return references to what the workers predicted."""
@@ -173,7 +250,7 @@ class Controller:
         """Return the name of the job ("" before there is one) and what it holds, to a scheduler that starts."""
         if self._run is None:
             return "", []
-        return self._order.name, [] if self._is_over else self._places
+        return self._order.name, [] if self._is_over else [*self._crew.held.values()]
 
     async def waits(self, reason: str) -> None:
         """Take the scheduler's word on why the run has no workers yet."""
@@ -189,146 +266,104 @@ class Controller:
 
     # --- called by workers -------------------------------------------------------------------------------------------
 
-    async def report(self, generation: int, records: list[dict[str, Any]]) -> None:
-        """Take records from a worker of a generation; those of an old one are late and do not count."""
-        if self._run is None or generation != self._run.generation:
+    async def report(self, worker: int, records: list[dict[str, Any]]) -> None:
+        """Take records from a worker. One that was given up does not count any more."""
+        run = self._run
+        if run is None or not is_there(run, worker):
             return
-        self._write([{**record, "generation": generation} for record in records])
-        for record in records:
-            if record["event"] == "work":
-                self._recorded[record["rank"]] = record["rows"][-1][0] + 1
-                self._progress.set()
+        fresh = [{"generation": run.generation, **record} for record in records]
+        fresh = [record for record in fresh if self._ledger.is_new(record)]
+        if fresh:
+            self._write(fresh)
+        newest = max((record["generation"] for record in fresh if record["event"] == "step"), default=0)
+        if run.failed and newest:
+            self._advance(Committed(newest))
 
-    async def recorded(self, generation: int, step: int) -> None:
-        """Return when the journal holds, durably, what all workers of a generation did before `step`."""
-        while self._run is not None and generation == self._run.generation:
-            if all(self._recorded.get(rank, 0) >= step for rank in range(self._order.num_workers)):
-                break
-            self._progress.clear()
-            await self._progress.wait()
+    async def recorded(self, worker: int, step: int) -> None:
+        """Return when the journal holds, durably, what was done before `step`. Raises for a worker that is out."""
+        if self._run is None or not is_there(self._run, worker):
+            raise ConfigError(f"worker {worker} has no part in the run any more; it must not write for it.")
+        await self._ledger.reach(step)
         if self._journal:
             await asyncio.to_thread(self._journal.flush)
 
     # --- the state machine -------------------------------------------------------------------------------------------
 
-    async def _advance(self, event: Event) -> None:
-        assert self._run is not None
-        before = self._run
-        self._run, commands = membership.advance(before, event, time.monotonic())
+    def _advance(self, event: Event) -> None:
+        before, now_s = self._run, time.monotonic()
+        if before is None:
+            return
+        self._run, commands = advance(before, event, now_s)
+        if commands or self._run != before:
+            self._write([told(event, now_s, commands)])
         if self._run.phase is not before.phase:
             reason = {"reason": self._run.cancel_reason} if self._run.phase is Phase.STOPPING else {}
             self._write(
                 [{"event": "phase", "phase": self._run.phase.value, "generation": self._run.generation, **reason}]
             )
-        await self._obey(commands)
+        self._obey(commands)
 
-    async def _obey(self, commands: Sequence[Command]) -> None:
+    def _obey(self, commands: Sequence[Command]) -> None:
         for command in commands:
             match command:
-                case Ask():
-                    self._spawn(self._ask())
-                case Start():
-                    self._start()
-                case Form(generation):
-                    self._form(generation)
-                case Train():
-                    self._each(Phase.TRAINING, [worker.train.remote() for worker in self._workers])
+                case Ask(replicas):
+                    self._claim.want(replicas, self._run.start if self._run else 1)
+                case Start(workers):
+                    self._spawn(self._start(workers))
+                case Form():
+                    self._write([_generation_record(command)])
+                    self._crew.form(command, self._ledger.next_step)
+                case Train(generation):
+                    self._crew.order(self._members(), "train", generation)
+                case Pause(generation):
+                    self._crew.order(self._members(), "pause", generation)
+                case Abort(generation, workers):
+                    self._crew.order(workers, "abort", generation)
                 case Stop():
-                    for worker in self._workers:
-                        worker.stop.remote()
+                    self._crew.order(self._members(), "stop")
+                case Release(replica, gone, reason):
+                    self._write([{"event": "released", "replica": replica, "reason": reason}])
+                    self._spawn(self._claim.release(replica, is_whole=not gone))
                 case End(outcome, failure, reason):
                     self._spawn(self._end(outcome, failure, reason))
 
-    async def _ask(self) -> None:
-        """Ask the scheduler; when it ends meanwhile, ask the next one."""
-        order = self._order
-        request = Request(
-            job=order.name,
-            workers=order.num_workers,
-            slot=order.slot,
-            environment=order.environment,
-            spare_cpus=order.spare_cpus,
-        )
-        for attempt in range(ASK_AGAIN + 1):
-            try:
-                self._scheduler = scheduler()
-                answer: Places | Refuse = await self._scheduler.admit.remote(request, self._own)
-                break
-            except RayActorError:
-                if attempt == ASK_AGAIN or self._is_over:
-                    raise
-        if isinstance(answer, Refuse):
-            await self._advance(membership.Refused(answer.reason))
-            return
-        self._places = answer.places
-        if self._is_over:  # it was cancelled while the answer travelled
-            await self._let_go(is_reusable=False)
-            return
-        self._write([{"event": "admitted", "reason": answer.reason}])
-        await self._advance(membership.Granted())
+    async def _start(self, workers: Sequence[int]) -> None:
+        """Start workers. What they need died with an earlier process of this controller, but others hold it too."""
+        self._refs = self._refs or await self._crew.refs()
+        if self._refs:
+            self._crew.start(workers, self._refs)
+        else:
+            lost = f"the controller of {self._order.name!r} died, and all workers; start the run again under its name"
+            self._advance(Broke(Failure(message=lost)))
 
-    def _start(self) -> None:
-        """Create the workers that are not warm yet, and take the lease on all."""
-        self._workers = [held.actor or new_worker(held) for held in self._places]
-        for worker in self._workers:
-            worker.lend.remote(self._own, self._order.faults.lease_s)
-        self._each(Phase.STARTING, [worker.prepare.remote() for worker in self._workers])
+    def _members(self) -> tuple[int, ...]:
+        assert self._run is not None
+        return self._run.members
 
-    def _form(self, generation: int) -> None:
-        world = len(self._workers)
-        self._each(
-            Phase.FORMING,
-            [
-                worker.form.remote(
-                    Assignment(
-                        generation=generation,
-                        rank=rank,
-                        world=world,
-                        group=f"{self._order.name}/{generation}/{os.getpid()}",
-                        path=self._order.path,
-                        collective_timeout_s=self._order.faults.collective_timeout_s,
-                        **self._refs,
-                    )
-                )
-                for rank, worker in enumerate(self._workers)
-            ],
-        )
-
-    def _each(self, phase: Phase, answers: Sequence[Any]) -> None:
-        """Turn every worker's answer, or its death, into an event."""
-        for rank, answer in enumerate(answers):
-            self._spawn(self._answer(rank, phase, answer))
-
-    async def _answer(self, rank: int, phase: Phase, answer: Any) -> None:
-        try:
-            found = await answer
-        except RayError as error:
-            found = Failure(message=f"the worker of rank {rank} {_what_happened(error)}", rank=rank)
-        if isinstance(found, Failure):
-            await self._advance(membership.Broke(found))
-            return
-        if isinstance(found, dict):
-            self._write([{"event": "worker", "rank": rank, **found}])
-        await self._advance(membership.Ready(rank, phase))
+    def _watched_workers(self) -> Sequence[int]:
+        """List the workers that must answer at any moment."""
+        run = self._run
+        return [] if run is None or run.phase in (*BETWEEN, Phase.ENDED) else [*run.members, *run.lenders]
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
     async def _end(self, outcome: Outcome, failure: Failure | None, reason: str | None) -> None:
         if outcome is Outcome.FINISHED and self._order.mode == "predict":
-            self._outputs = [worker.outputs.remote() for worker in self._workers]
+            self._outputs = self._crew.outputs(self._members())
             # The driver fetches them, and sees what may have gone wrong with one.
             wait = functools.partial(ray.wait, num_returns=len(self._outputs), timeout=OUTPUTS_S, fetch_local=False)
             await asyncio.to_thread(wait, self._outputs)
         fields = {} if failure is None else {"failure": asdict(failure)}
+        await self._crew.finish()
         try:
             is_reusable = outcome is Outcome.FINISHED or (failure is not None and failure.is_users)
             if is_reusable:
-                self._scheduler.ending.remote(self._order.name, self._order.environment)
+                self._claim.scheduler.ending.remote(self._order.name, self._order.environment)
             self._write([{"event": "ended", "outcome": outcome.value, "reason": reason, **fields}])
             if self._journal:
                 self._journal.close()
         finally:
-            await self._let_go(is_reusable)
+            await self._claim.end(is_reusable)
             await self._leave(is_reusable)
 
     async def _leave(self, is_reusable: bool) -> None:
@@ -342,34 +377,10 @@ class Controller:
         else:
             order = self._order
             with suppress(RayError):  # the scheduler is gone; the next life ends when nobody gives it a job
-                await self._scheduler.keep_spare.remote(order.name, self._own, self._end_life(True), order.environment)
+                await self._claim.scheduler.keep_spare.remote(
+                    order.name, self._own, self._end_life(True), order.environment
+                )
         self._left.set()
-
-    async def _let_go(self, is_reusable: bool) -> None:
-        """Hand the workers that are as good as new to the pool; end all others."""
-        if not self._places:
-            if hasattr(self, "_scheduler"):
-                self._scheduler.release.remote(self._order.name)
-            return
-        warm = {}
-        if is_reusable:
-            fit = await asyncio.gather(*(self._reset(worker) for worker in self._workers))
-            warm = {held.name: worker for held, worker, ok in zip(self._places, self._workers, fit) if ok}
-        try:
-            await self._scheduler.give_back.remote(self._order.name, warm)
-        except RayError:  # the scheduler is gone
-            for held in self._places:
-                free(held)
-
-    async def _reset(self, worker: Any) -> bool:
-        """Have a worker forget the job; return whether another job may use it."""
-        try:
-            is_fit = await asyncio.wait_for(worker.reset.remote(), RESET_S)
-        except (RayError, asyncio.TimeoutError):
-            return False
-        if is_fit:
-            worker.lend.remote(self._scheduler, CALL_TIMEOUT_S)
-        return bool(is_fit)
 
     async def _tick(self) -> None:
         while not self._is_over:
@@ -380,8 +391,8 @@ class Controller:
                     self._end_life(False)
                 continue
             if self._order.has_lease and silent_s > self._order.faults.lease_s:
-                await self._advance(membership.StopAsked(f"the driver was silent for {silent_s:.0f} s"))
-            await self._advance(membership.Tick())
+                self._advance(StopAsked(f"the driver was silent for {silent_s:.0f} s"))
+            self._advance(Tick())
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
@@ -420,13 +431,16 @@ class Controller:
         except Exception as error:
             log.exception("the controller of %s failed", self._order.name)
             failure = Failure(message=f"controller: {type(error).__name__}: {error}")
-            await self._advance(membership.Broke(failure))
+            self._advance(Broke(failure))
             if not self._is_over:  # it failed while it ended
                 self._write([{"event": "ended", "outcome": Outcome.FAILED.value, "failure": asdict(failure)}])
 
 
-def _what_happened(error: RayError) -> str:
-    """Say in one line whether a worker died or a call of ours raised in it."""
-    if isinstance(error, RayTaskError):
-        return f"failed: {type(error.cause).__name__}: {error.cause}"
-    return f"died: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+def _generation_record(form: Form) -> dict[str, Any]:
+    return {
+        "event": "generation",
+        "generation": form.generation,
+        "workers": [*form.members],
+        "cause": form.cause,
+        "settled": form.settlement.reason if form.settlement is not None else None,
+    }

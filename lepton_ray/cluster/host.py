@@ -6,6 +6,7 @@ next one. Only a life that ended well is followed by another; otherwise the proc
 
 from __future__ import annotations
 
+import functools
 import secrets
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from lepton_ray.cluster.controller import Controller
+from lepton_ray.cluster.memory import forget, recall, remember
 from lepton_ray.cluster.names import CONTROLLER_PREFIX, SERVICE
+from lepton_ray.cluster.order import Order
+
+RESTARTS = 20
+"""How often Ray starts the process of a controller again, that died."""
 
 
 class LifeOver(RayActorError):
@@ -29,8 +35,14 @@ class ControllerHost:
     """The actor."""
 
     def __init__(self) -> None:
-        self._life, self._path = 0, list(sys.path)
-        self._controller = Controller(self._handle(), self._end)
+        self._path = list(sys.path)
+        # A process that takes the place of one that died goes on with what that had to do.
+        kept = recall(_own_id())
+        self._life = 0 if kept is None else kept[0]
+        self._controller = self._new(None if kept is None else kept[1])
+
+    def _new(self, order: Order | None = None) -> Controller:
+        return Controller(self._handle(), self._end, functools.partial(remember, _own_id(), self._life), order)
 
     async def call(self, life: int, method: str, *args: Any) -> Any:
         """Call a method of the controller. Raises LifeOver for one that has ended."""
@@ -47,12 +59,13 @@ class ControllerHost:
 
     def _end(self, is_reusable: bool) -> Handle | None:
         """End this life; return the next one, which has no job yet. Unless this is reusable the process ends."""
+        forget(_own_id())
         if not is_reusable:
             ray.kill(ray.get_runtime_context().current_actor)
             return None
         self._life += 1
         sys.path[:] = self._path
-        self._controller = Controller(self._handle(), self._end)
+        self._controller = self._new()
         return self._handle()
 
 
@@ -86,4 +99,9 @@ class _Method:
 def new_controller() -> Handle:
     """Start the process of a controller that has no job yet."""
     name = f"{CONTROLLER_PREFIX}{secrets.token_hex(6)}"
-    return Handle(ray.remote(ControllerHost).options(name=name, **SERVICE).remote(), 0)
+    options = {**SERVICE, "max_restarts": RESTARTS}
+    return Handle(ray.remote(ControllerHost).options(name=name, **options).remote(), 0)
+
+
+def _own_id() -> str:
+    return str(ray.get_runtime_context().get_actor_id())

@@ -11,15 +11,15 @@ from ray.exceptions import RayActorError
 
 from lepton_ray.cluster.connect import connect as connect
 from lepton_ray.cluster.connect import nodes
-from lepton_ray.cluster.controller import Order
 from lepton_ray.cluster.host import new_controller
 from lepton_ray.cluster.names import CALL_TIMEOUT_S, CONTROLLER_PREFIX, SCHEDULER, actor_names, answer, named_actor
+from lepton_ray.cluster.order import Order
 from lepton_ray.cluster.scheduler import scheduler
-from lepton_ray.config import Faults, Resources
+from lepton_ray.config import Elastic, Faults, Resources
 from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.allocate import fit, shortage
-from lepton_ray.plan.membership import Phase
+from lepton_ray.plan.events import Phase
 from lepton_ray.plan.types import Request, Slot
 from lepton_ray.storage import Folder
 from lepton_ray.train.spec import TrainSpec
@@ -94,11 +94,12 @@ def start(
     spec: TrainSpec,
     train_source: Source | Stream | None,
     test_source: Source | Stream | None,
-    num_workers: int,
+    workers: Elastic,
     slot: Slot,
     spare_cpus: int,
     faults: Faults,
     has_lease: bool,
+    is_resizable: bool = True,
     generation: int = 0,
     header: dict[str, Any] | None = None,
 ) -> tuple[Any, bool]:
@@ -113,7 +114,8 @@ def start(
         name=spec.name,
         run_url=spec.run_url,
         mode=spec.mode,
-        num_workers=num_workers,
+        workers=workers,
+        most=0 if spec.sync.is_local or not is_resizable else spec.batch.microbatches or workers.max,
         slot=slot,
         environment=environment(),
         faults=faults,

@@ -1,29 +1,35 @@
-"""Carry records from a worker to its controller, in batches, off the training thread."""
+"""Carry records from a worker to its controller, in batches, off the training thread.
+
+A batch is sent again until the controller has taken it, so that one that comes back misses nothing; it knows what it
+has already.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from lepton_ray.cluster.names import CALL_TIMEOUT_S
+from lepton_ray.errors import WaitTimeout
 
 PERIOD_S = 0.1
 """How long a record may wait for company. The progress line is drawn less often than that."""
 
 
 class Reporter:
-    """`report` costs the training thread an append; a thread sends what has gathered."""
+    """`report` costs the training thread an append; a thread sends what has gathered, one batch after the other."""
 
-    def __init__(self, controller: Any, rank: int, generation: int) -> None:
-        self._controller, self._rank, self._generation = controller, rank, generation
+    def __init__(self, controller: Any, worker: int) -> None:
+        self._controller, self._worker = controller, worker
         self._records: deque[dict[str, Any]] = deque()
         self._over = threading.Event()
         self._lock = threading.Lock()
-        self._last: Any = None
+        """Held while a batch is on its way."""
         self._thread = threading.Thread(target=self._run, name="lepton-report", daemon=True)
         self._thread.start()
 
@@ -39,9 +45,11 @@ class Reporter:
 
     def flush(self) -> None:
         """Send what was reported so far and wait until the controller has it. May be called from any thread."""
-        self._send()
-        if self._last is not None:
-            ray.get(self._last, timeout=CALL_TIMEOUT_S)
+        deadline_s = time.monotonic() + CALL_TIMEOUT_S
+        while not self._send():
+            if time.monotonic() > deadline_s:
+                raise WaitTimeout(f"the controller took no records for {CALL_TIMEOUT_S:g} s")
+            time.sleep(PERIOD_S)
 
     def _run(self) -> None:
         while not self._over.wait(PERIOD_S):
@@ -50,18 +58,15 @@ class Reporter:
             except RayActorError:
                 return  # the lease ends this process
 
-    def _send(self) -> None:
-        """Send the gathered records; a worker's shares of steps travel as rows of one record."""
-        rows: list[list[Any]] = []
-        batch: list[dict[str, Any]] = []
+    def _send(self) -> bool:
+        """Send what has gathered; return whether the controller has it. Raises RayActorError when that is gone."""
         with self._lock:
-            while self._records:
-                record = self._records.popleft()
-                if record["event"] == "work":
-                    rows.append([record["step"], record["first"], record["sizes"]])
-                else:
-                    batch.append(record)
-            if rows:
-                batch.append({"event": "work", "rank": self._rank, "rows": rows})
-            if batch:
-                self._last = self._controller.report.remote(self._generation, batch)
+            batch = [self._records.popleft() for _ in range(len(self._records))]
+            if not batch:
+                return True
+            try:
+                ray.get(self._controller.report.remote(self._worker, batch), timeout=CALL_TIMEOUT_S)
+            except (ActorUnavailableError, GetTimeoutError):
+                self._records.extendleft(reversed(batch))
+                return False
+            return True

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,9 +21,6 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util import get_placement_group
 from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
     remove_placement_group,
 )
 
@@ -37,12 +33,12 @@ from lepton_ray.cluster.names import (
     actor_names,
     named_actor,
 )
+from lepton_ray.cluster.places import Held, Places, free, group_names, new_place
 from lepton_ray.plan.allocate import Grant, Refuse, Wait, Warm, admit
 from lepton_ray.plan.types import Node, Request, Slot
 
 log = logging.getLogger(__name__)
 
-GROUP_PREFIX = "worker:"
 POOL_S = 60.0
 """How long a finished job's workers are kept for the next one."""
 IDLE_EXIT_S = 120.0
@@ -55,20 +51,10 @@ COMES_BACK_S = 3.0
 """Workers of a job that has finished are waited for so long; they need a moment to forget it."""
 CONTROLLER_BACK_S = 1.0
 """A controller that ends is waited for so long: starting another takes as long, and nobody may read the end."""
+GROW_S = 5.0
+"""How long a job that wants more places waits in one call."""
 PLACED_WITHIN_S = 5.0
 """Resources that we believe free are placed within so long, unless somebody else uses them."""
-
-
-@dataclass(slots=True)
-class Held:
-    """A worker's place: its placement group, and the actor in it when it is warm."""
-
-    name: str
-    group: PlacementGroup
-    slot: Slot
-    environment: str
-    actor: Any = None  # a Ray actor handle, which has no public type
-    expires_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -96,14 +82,6 @@ class _Spare:
     expires_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """What a controller gets: places, those with an actor first."""
-
-    places: list[Held]
-    reason: str
-
-
 class Scheduler:
     """Admits jobs, first come first served. All methods run on one event loop."""
 
@@ -118,7 +96,7 @@ class Scheduler:
         """Environment -> when a controller that ends should be a spare one."""
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
-        self._orphans = _group_names()
+        self._orphans = group_names()
         """Groups of a dead scheduler; until all controllers have said what they hold, nobody knows whose they are."""
         self._idle_since_s = time.monotonic()
         loop = asyncio.get_event_loop()
@@ -204,6 +182,52 @@ class Scheduler:
             if self._jobs.get(request.job) is job:
                 await self.release(request.job)
             raise
+
+    async def grow(self, request: Request, controller: Any) -> Places:
+        """Give a job that was admitted before more places, up to request.most, or none, after a while.
+
+        Jobs that wait to be admitted come first.
+        """
+        await self._found
+        self._controllers[request.job] = controller
+        job = self._jobs.setdefault(request.job, _Job(controller, spare_cpus=request.spare_cpus))
+        deadline_s = time.monotonic() + GROW_S
+        while self._jobs.get(request.job) is job:
+            self._changed.clear()
+            if not self._turn.locked():
+                pool = [Warm(worker=h.name, slot=h.slot, environment=h.environment) for h in self._pool]
+                decision = admit(request, self._nodes(), pool)
+                if isinstance(decision, Grant):
+                    async with self._turn:
+                        places = await self._place(request, job, decision)
+                    if places:
+                        return Places(places=places, reason=decision.reason)
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                break
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(left_s, WATCH_S))
+        return Places(places=[], reason="there is no room for more")
+
+    async def held(self, job: str, controller: Any) -> list[Held]:
+        """Return the places of a job, to its controller, which has come back."""
+        await self._found
+        self._controllers[job] = controller
+        return list(self._jobs[job].held) if job in self._jobs else []
+
+    async def put_back(self, job: str, names: Sequence[str], warm: dict[str, Any]) -> None:
+        """Take over some of a job's places; those with a worker that is as good as new (name -> actor) are kept."""
+        await self._found
+        held = self._jobs[job].held if job in self._jobs else []
+        for each in [each for each in held if each.name in names]:
+            held.remove(each)
+            each.actor = warm.get(each.name)
+            each.expires_s = time.monotonic() + self._pool_s
+            if each.actor is not None:
+                self._pool.append(each)
+            else:
+                free(each)
+        self._changed.set()
 
     async def give_back(self, job: str, warm: dict[str, Any], keep_s: float | None = None) -> None:
         """Take over a job's workers (name -> actor) for the next job; what is not among them is freed.
@@ -296,7 +320,7 @@ class Scheduler:
         if not all(alive):  # a warm worker died in the pool
             self._pool += [held for held, is_alive in zip(taken, alive) if is_alive]
             return None
-        created = [self._create(request) for _ in range(grant.create)]
+        created = [new_place(request) for _ in range(grant.create)]
         try:
             await asyncio.wait_for(asyncio.gather(*(held.group.ready() for held in created)), PLACED_WITHIN_S)
         except asyncio.TimeoutError:
@@ -305,16 +329,12 @@ class Scheduler:
             self._pool += taken
             job.tell(f"{request.job} waits: others on this cluster use what seemed free for {grant.create} new workers")
             return None
-        job.held = taken + created
+        places = taken + created
+        job.held += places
         if self._jobs.get(request.job) is not job:  # it ended meanwhile
-            for held in job.held:
+            for held in places:
                 free(held)
-        return list(job.held)
-
-    def _create(self, request: Request) -> Held:
-        name = f"{GROUP_PREFIX}{secrets.token_hex(6)}"
-        group = placement_group([dict(request.slot.resources)], name=name, lifetime="detached")
-        return Held(name=name, group=group, slot=request.slot, environment=request.environment)
+        return places
 
     def _nodes(self) -> list[Node]:
         """List the nodes; what is free is what we have not given away, spread as Ray would pack it."""
@@ -390,12 +410,6 @@ class Scheduler:
             ray.kill(ray.get_runtime_context().current_actor)
 
 
-def _group_names() -> set[str]:
-    """Name the placement groups that some scheduler made."""
-    groups = placement_group_table().values()
-    return {g["name"] for g in groups if g["name"].startswith(GROUP_PREFIX) and g["state"] != "REMOVED"}
-
-
 async def _is_alive(actor: Any) -> bool:
     try:
         await asyncio.wait_for(actor.ping.remote(), CALL_TIMEOUT_S)
@@ -404,11 +418,6 @@ async def _is_alive(actor: Any) -> bool:
     except RayActorError:
         return False
     return True
-
-
-def free(held: Held) -> None:
-    """End a place: removing the group ends the actor in it."""
-    remove_placement_group(held.group)
 
 
 def scheduler(pool_s: float = POOL_S, idle_exit_s: float = IDLE_EXIT_S) -> Any:

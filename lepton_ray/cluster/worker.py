@@ -1,7 +1,7 @@
-"""The worker actor: one process, one device, one rank of a job; between jobs it waits, warm, for the next.
+"""The worker actor: one process, one device; between jobs it waits, warm, for the next.
 
-Ray calls run on a few threads: `train` keeps one of them busy for as long as the job lasts, the others stay
-responsive.
+Ray calls run on a few threads: `form` and `train` keep one of them busy, the others stay responsive. A worker builds
+its copy of the model once, and takes it from generation to generation of its job.
 """
 
 from __future__ import annotations
@@ -9,68 +9,101 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 import threading
-import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from lepton_ray.cluster.logs import user_traceback, written_to
 from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE
+from lepton_ray.cluster.places import Held
 from lepton_ray.cluster.reporter import Reporter
-from lepton_ray.cluster.scheduler import Held
 from lepton_ray.errors import ConfigError, PeerLost, RunFailed, WaitTimeout
-from lepton_ray.plan.membership import Failure
+from lepton_ray.plan.adopt import At, Word
+from lepton_ray.plan.events import Failure, Form, Formed, Left
 from lepton_ray.storage import Folder
 
 if TYPE_CHECKING:  # torch must not be imported before the process says so
-    import torch
-
+    from lepton_ray.cluster.peers import RayPeers
     from lepton_ray.train.spec import TrainSpec
 
 log = logging.getLogger(__name__)
 
-THREADS = 4
-"""Ray calls that may run at once: train, stop, and two to spare."""
+THREADS = 8
+"""Ray calls that may run at once: train, abort, ping, stop, and some to spare."""
+AGAIN_S = 0.02
+"""A group that is aborted while it forms may not be there yet: it is aborted again after so long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """What a worker needs to take its place in a generation."""
+    """What a worker needs to build its part of a job."""
 
-    generation: int
-    rank: int
-    world: int
-    group: str
+    worker: int
+    """Its number in the job."""
+    holder: Any  # a handle of the controller
+    lease_s: float
+    """The worker ends when the holder was silent for so long."""
     spec: Any  # ObjectRef of a TrainSpec
     train_source: Any  # ObjectRef of a Source
     test_source: Any  # ObjectRef of a Source, or None
     path: Sequence[str]
     """The driver's import path, so that what it could import can be imported here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formation:
+    """What a worker needs to take its place in a generation."""
+
+    form: Form
+    size: int
+    """Workers of a replica."""
+    group: str
+    """A name for it, used once."""
+    since_step: int
+    """The first step that the journal has no record of."""
     collective_timeout_s: float
 
 
 class Worker:
-    """Hosts one rank. Calls come from the controller that holds the lease."""
+    """Hosts one copy of a model, or a part of one. Calls come from the controller that holds the lease."""
 
     def __init__(self) -> None:
         os.environ["KERAS_BACKEND"] = "torch"  # must stand before anything imports keras
-        self._stop = threading.Event()
-        self._working = threading.Lock()
-        """Held while a job runs on one of the threads."""
         self._holder: Any = None
         self._lease_s = 60.0
-        self._assignment: Assignment | None = None
-        self._task: Any = None
-        self._outputs: list[Any] = []
         self._imported = threading.Event()
+        self._working = threading.Lock()
+        """Held while a job forms or trains on one of the threads."""
+        self._idle = threading.Event()
+        self._idle.set()
+        self._clear()
         threading.Thread(target=self._import, name="lepton-import", daemon=True).start()
         threading.Thread(target=self._watch, name="lepton-lease", daemon=True).start()
+
+    def _clear(self) -> None:
+        self._stop, self._pause = threading.Event(), threading.Event()
+        self._assignment: Assignment | None = None
+        self._spec: TrainSpec | None = None
+        self._task: Any = None
+        self._reporter: Reporter | None = None
+        self._peers: RayPeers | None = None
+        self._group = ""
+        self._generation = 0
+        """The newest that this worker was told of."""
+        self._aborted = 0
+        """The newest that it was told to leave."""
+        self._outputs: list[Any] = []
+        self._at = At.STARTING
+        self._left_last: Left | None = None
+        self._sources: dict[str, Any] = {}
+        self._lent: dict[str, Any] = {}
+        """References to spec and sources, of which this process is the owner."""
 
     def _import(self) -> None:
         """Load what every job needs, while the controller still sets things up."""
@@ -88,87 +121,202 @@ class Worker:
         self._holder, self._lease_s = holder, lease_s
 
     def ping(self) -> None:
-        """Answer: the scheduler learns that this warm process lives."""
+        """Answer: this process lives."""
 
-    def prepare(self) -> dict[str, Any]:
-        """Wait until everything is imported; say where this is."""
+    def prepare(self) -> None:
+        """Wait until everything is imported."""
         self._imported.wait()
-        import torch
 
-        return {
-            "node": ray.util.get_node_ip_address(),
-            "pid": os.getpid(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(_device()),
-        }
+    # --- a job -------------------------------------------------------------------------------------------------------
 
-    def form(self, assignment: Assignment) -> Failure | None:
-        """Join the group of a generation and build the model. Returns what went wrong, if anything."""
+    def build(self, assignment: Assignment) -> dict[str, Any] | Failure:
+        """Make the model and what belongs to it; say where this is, or what went wrong."""
+        self.lend(assignment.holder, assignment.lease_s)
+        self._imported.wait()
         self._assignment = assignment
-        self._stop.clear()
-        with self._guard("form") as caught:
-            from lepton_ray.cluster.peers import RayPeers
+        try:
             from lepton_ray.train import job
 
             sys.path[:0] = [entry for entry in assignment.path if entry not in sys.path]
             spec: TrainSpec = ray.get(assignment.spec)
             _check_folder(spec)
-            with self._logs(spec, "form"):
-                peers = RayPeers(
-                    assignment.group, assignment.rank, assignment.world, timeout_s=assignment.collective_timeout_s
-                )
-                self._reporter = Reporter(self._holder, assignment.rank, assignment.generation)
+            self._spec = spec
+            self._reporter = Reporter(self._holder, assignment.worker)
+            with self._logs():
+                refs = {"train_source": assignment.train_source, "test_source": assignment.test_source}
+                self._sources = {name: None if ref is None else ray.get(ref) for name, ref in refs.items()}
                 self._task = job.Task(
                     spec,
-                    train_source=ray.get(assignment.train_source) if assignment.train_source is not None else None,
-                    test_source=ray.get(assignment.test_source) if assignment.test_source is not None else None,
-                    peers=peers,
-                    device=_device(),
-                    generation=assignment.generation,
+                    **self._sources,
+                    device=job.own_device(),
                     report=self._reporter.report,
                     record=self._record,
                     wish=self._stop.is_set,
+                    pause=self._pause.is_set,
                 )
-            self._peers, self._spec = peers, spec
-        return caught.failure
+        except BaseException as error:  # noqa: BLE001 - whatever user code raises ends the run, in words
+            return self._failure(error)
+        import torch
 
-    def train(self) -> Failure | None:
-        """Do the job to its end, or to a stop that all workers agreed on. Returns what went wrong, if anything."""
-        with self._working:
-            return self._train()
+        self._at = At.READY
+        return {
+            "worker": assignment.worker,
+            "node": ray.util.get_node_ip_address(),
+            "pid": os.getpid(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(job.own_device()),
+        }
 
-    def _train(self) -> Failure | None:
-        with self._guard("train") as caught, self._logs(self._spec, "train"):
-            self._outputs = self._task.run()
-        with self._guard("report") as unreported, suppress(RayActorError, GetTimeoutError):
-            self._reporter.close()
-        failure = caught.failure or unreported.failure
+    def form(self, formation: Formation) -> Formed | Left | None:
+        """Take a place in a generation, or give the state to one. None when that is over already."""
+        form = formation.form
+        with self._at_work():
+            if form.generation <= self._generation:
+                return None
+            self._generation, self._at, self._left_last = form.generation, At.FORMING, None
+            self._stop.clear()
+            self._pause.clear()
+            try:
+                with self._logs():
+                    self._take_place(formation, form)
+            except BaseException as error:  # noqa: BLE001 - as above
+                return self._left(error)
+            self._at = At.JOINED
+            return Formed(self._number, form.generation, self._task.committed)
+
+    def _take_place(self, formation: Formation, form: Form) -> None:
+        settlement, sources = form.settlement, form.sources or {}
+        holders = settlement.holders if settlement is not None else frozenset[int]()
+        if settlement is not None and self._number in holders:
+            self._task.settle(settlement.ballot if self._number in settlement.forward else None)
+        self._leave_group()
+        if self._number in form.members:
+            self._join_group(formation.group, form.members, formation.collective_timeout_s)
+            self._task.join(self._peers, form.generation, is_fresh=settlement is None, since_step=formation.since_step)
+        for coordinate, source in sources.items():
+            takers = [w for w in form.members if w % formation.size == coordinate and w not in holders]
+            if takers and self._number in (source, *takers):
+                self._copy(formation, f"{formation.group}/copy-{coordinate}", (source, *takers))
+
+    def _copy(self, formation: Formation, name: str, workers: Sequence[int]) -> None:
+        """Give the state of the training to others, or take it over; the first of the workers has it."""
+        from lepton_ray.cluster.peers import RayPeers
+
+        is_source = self._number == workers[0]
+        self._group = name
+        peers = RayPeers(name, workers.index(self._number), len(workers), formation.collective_timeout_s)
         try:
-            self._peers.close()
-            self._task.close()
-        except Exception:  # the work is done and on record; what cannot be closed ends with the process
-            log.exception("rank %s could not leave its group", self._peers.rank)
-        return failure
+            (self._task.lend if is_source else self._task.borrow)(peers)
+        finally:
+            peers.close()
+            self._group = formation.group
 
-    def outputs(self) -> list[Any]:
-        """Return the numbered blocks of a prediction."""
-        return self._outputs
+    def _join_group(self, name: str, members: Sequence[int], timeout_s: float) -> None:
+        from lepton_ray.cluster.peers import RayPeers
+
+        self._group = name
+        self._peers = RayPeers(name, members.index(self._number), len(members), timeout_s)
+
+    def _leave_group(self) -> None:
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            try:
+                peers.close()
+            except Exception:  # what cannot be closed ends with the process
+                log.exception("worker %s could not leave its group", self._number)
+
+    def train(self, generation: int) -> Left | None:
+        """Do the job until it ends, pauses or breaks. None when that generation is over already.
+
+        Asked again, by a controller that has come back, it waits for the end of what goes on.
+        """
+        with self._at_work():
+            if generation == self._generation and self._left_last is not None:
+                return self._left_last
+            if generation != self._generation or self._aborted >= generation:
+                return None
+            try:
+                with self._logs():
+                    is_end, self._outputs = self._task.run()
+                if is_end and self._reporter is not None:
+                    with suppress(RayActorError, WaitTimeout):
+                        self._reporter.flush()
+            except BaseException as error:  # noqa: BLE001 - as above
+                return self._left(error)
+            self._at = At.LEFT
+            self._left_last = Left(self._number, generation, self._task.position(), is_end=is_end)
+            return self._left_last
+
+    def abort(self, generation: int) -> Left | None:
+        """Break what this worker waits for in a generation; return where it stands, unless another call does."""
+        if generation < self._generation:
+            return None
+        self._generation, self._aborted = generation, generation
+        while not self._idle.wait(AGAIN_S):
+            self._break()
+        return self._left(PeerLost("aborted"))
+
+    def _break(self) -> None:
+        from lepton_ray.collective import ray_group
+
+        ray_group.abort(self._group)
 
     def stop(self) -> None:
         """Vote for a stop at the next ballot."""
         self._stop.set()
 
-    def reset(self) -> bool:
-        """Forget the job; return whether the process is as good as new for another."""
+    def pause(self, generation: int) -> None:
+        """Vote for a pause at the next ballot."""
+        if generation == self._generation:
+            self._pause.set()
+
+    def word(self) -> Word:
+        """Say where this worker stands, to a controller that has come back."""
+        left = self._left_last if self._at is At.LEFT else None
+        return Word(
+            at=self._at,
+            generation=self._generation,
+            position=left.position if left is not None else None,
+            is_end=left is not None and left.is_end,
+        )
+
+    def share(self) -> dict[str, Any]:
+        """Return references to what newcomers need: those of the controller that died are gone with it."""
+        if not self._lent and self._task is not None:
+            parts = {"spec": self._spec, **self._sources}
+            self._lent = {name: None if part is None else ray.put(part) for name, part in parts.items()}
+        return self._lent
+
+    def outputs(self) -> list[Any]:
+        """Return the numbered blocks of a prediction."""
+        return self._outputs
+
+    def finish(self) -> None:
+        """Write out what is being written: the job is over."""
+        if self._reporter is not None:
+            with suppress(RayActorError, WaitTimeout):
+                self._reporter.close()
+        if self._task is not None:
+            with suppress(Exception):
+                self._task.close()
+        self._leave_group()
+
+    def reset(self, heir: Any, lease_s: float) -> bool:
+        """Forget the job; return whether the process is as good as new for another.
+
+        heir, lease_s: who is to be alive from now on for this process to go on.
+        """
         if not self._working.acquire(blocking=False):
             return False
         try:
-            return self._forget()
+            self.finish()
+            is_clean = self._forget()
+            self.lend(heir, lease_s)
+            return is_clean
         finally:
             self._working.release()
 
     def _forget(self) -> bool:
-        self._task = self._assignment = None
-        self._outputs = []
+        self._clear()
         import gc
 
         import torch
@@ -186,11 +334,35 @@ class Worker:
         sys.path[:] = self._path
         return is_clean
 
-    def _record(self, step: int) -> None:
-        """Wait until the journal holds what all workers did before `step`."""
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _number(self) -> int:
         assert self._assignment is not None
+        return self._assignment.worker
+
+    @contextmanager
+    def _at_work(self) -> Any:
+        with self._working:
+            self._idle.clear()
+            try:
+                yield
+            finally:
+                self._idle.set()
+
+    def _left(self, error: BaseException) -> Left:
+        """Break the group, so that the others notice, and say where this worker stands."""
+        with suppress(Exception):
+            self._break()
+        self._at = At.LEFT
+        self._left_last = Left(self._number, self._generation, self._task.position(), failure=self._failure(error))
+        return self._left_last
+
+    def _record(self, step: int) -> None:
+        """Wait until the journal holds what all workers did before `step`. Raises where this worker is out."""
+        assert self._reporter is not None
         self._reporter.flush()
-        ray.get(self._holder.recorded.remote(self._assignment.generation, step), timeout=CALL_TIMEOUT_S)
+        ray.get(self._holder.recorded.remote(self._number, step), timeout=CALL_TIMEOUT_S)
 
     def _watch(self) -> None:
         """End this process when the holder of its lease is gone: nobody else would."""
@@ -211,57 +383,24 @@ class Worker:
             if holder is self._holder and (is_dead or time.monotonic() - answered_s > self._lease_s):
                 os._exit(1)
 
-    @contextmanager
-    def _guard(self, what: str) -> Any:
-        """Turn an exception into a Failure that can be shown without a wall of Ray frames."""
-        caught = _Caught()
-        try:
-            yield caught
-        except (PeerLost, WaitTimeout) as error:
-            caught.failure = self._failure(error, is_echo=True)
-        except BaseException as error:  # noqa: BLE001 - whatever user code raises ends the run, in words
-            caught.failure = self._failure(error, is_echo=False)
-        if caught.failure is not None and self._assignment is not None:
-            with suppress(Exception):
-                self._peers.abort()
+    def _failure(self, error: BaseException) -> Failure:
+        """Say what went wrong, without a wall of Ray frames."""
+        from lepton_ray.train.outbox import is_of_callback
 
-    def _failure(self, error: BaseException, *, is_echo: bool) -> Failure:
         is_ours = isinstance(error, (ConfigError, RunFailed, PeerLost, WaitTimeout))
         return Failure(
             message=str(error) if is_ours else f"{type(error).__name__}: {error}",
-            rank=self._assignment.rank if self._assignment else None,
-            step=getattr(self._task, "step", None),
-            traceback="" if is_ours else _user_traceback(error),
-            is_echo=is_echo,
+            rank=self._number if self._peers is None else self._peers.rank,
+            step=self._task.step if self._task is not None else None,
+            traceback="" if is_ours else user_traceback(error),
+            is_echo=isinstance(error, (PeerLost, WaitTimeout)),
+            is_final=isinstance(error, (ConfigError, RunFailed)) or is_of_callback(error),
         )
 
-    @contextmanager
-    def _logs(self, spec: TrainSpec, what: Literal["form", "train"]) -> Any:
+    def _logs(self) -> Any:
         """Let what this process prints go to the run's folder."""
-        assert self._assignment is not None
-        folder, name = Folder(spec.run_url).sub("logs"), f"rank-{self._assignment.rank}.log"
-        if folder.is_local:
-            path = os.path.join(folder.url, name)
-            os.makedirs(folder.url, exist_ok=True)
-        else:  # written at the end of each part; a life does not overwrite the one before
-            name = f"rank-{self._assignment.rank}.{self._assignment.generation}.log"
-            path = os.path.join(tempfile.gettempdir(), f"lepton_ray-{os.getpid()}-{spec.name}-{name}")
-        sys.stdout.flush(), sys.stderr.flush()
-        kept = os.dup(1), os.dup(2)
-        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.dup2(target, 1), os.dup2(target, 2)
-            yield
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
-            for descriptor in (*kept, target):
-                os.close(descriptor)
-            if not folder.is_local:
-                with open(path, "rb") as file:
-                    folder.write(name, file.read())
-                if what == "train":
-                    os.unlink(path)
+        assert self._spec is not None
+        return written_to(Folder(self._spec.run_url).sub("logs"), f"worker-{self._number}")
 
 
 def new_worker(held: Held) -> Any:
@@ -283,18 +422,6 @@ def new_worker(held: Held) -> Any:
     )
 
 
-@dataclass(slots=True)
-class _Caught:
-    failure: Failure | None = None
-
-
-def _device() -> torch.device:
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
-
-
 def _check_folder(spec: TrainSpec) -> None:
     """Raise ConfigError where this node cannot write the run's folder, or has another folder of that name."""
     folder = Folder(spec.run_url)
@@ -304,15 +431,6 @@ def _check_folder(spec: TrainSpec) -> None:
             f"{folder.url} on node {ray.util.get_node_ip_address()} is not the folder that the run's controller writes "
             "to: its journal is not there. storage= must be one disk that all nodes share, or a URL."
         )
-
-
-def _user_traceback(error: BaseException) -> str:
-    """Format a traceback from the first frame of the user's code on (all of it when there is none)."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(own)), 0)
-    lines = ["Traceback (most recent call last, in the worker):\n", *traceback.format_list(frames[first:])]
-    return "".join(lines + traceback.format_exception_only(error)).rstrip()
 
 
 def _is_user_module(name: str) -> bool:

@@ -6,6 +6,7 @@ of any step and gets the same samples. A feed runs in the training thread and pr
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -32,11 +33,42 @@ class StepPlan:
     """Samples of each microbatch; the last ones of a short step may have none and are then not fetched."""
 
 
+class Fetched:
+    """What was fetched since somebody last asked: the testimony of a worker."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, NDArray[np.int64]] = {}
+
+    def note(self, m: int, indices: NDArray[np.int64]) -> None:
+        """Take down the sample ids of microbatch `m`."""
+        self._rows[m] = indices
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._rows.clear()
+
+    def work(self, microbatches: int) -> list[float]:
+        """Return for each microbatch the samples fetched, and then for each their digest; zeros for the others.
+
+        Digests of distinct microbatches add up over workers without rounding.
+        """
+        numbers = [0.0] * (2 * microbatches)
+        for m, indices in self._rows.items():
+            numbers[m], numbers[microbatches + m] = float(len(indices)), float(digest(indices))
+        self.forget()
+        return numbers
+
+
+def digest(indices: NDArray[np.int64]) -> int:
+    """Return 32 bits that tell one sequence of sample ids from another."""
+    return zlib.crc32(np.ascontiguousarray(indices, dtype="<i8"))
+
+
 class Feed:
     """The steps of a source, in a new order each epoch. Steps may be asked for in any order."""
 
     def __init__(self, source: Source, *, batch_samples: int, microbatches: int, seed: int) -> None:
-        self.source = source
+        self.source, self.fetched = source, Fetched()
         self.steps_per_epoch: int | None = steps_per_epoch(len(source), batch_samples)
         self._batch_samples, self._seed = batch_samples, seed
         self._offsets = bounds(batch_samples, microbatches)
@@ -61,7 +93,9 @@ class Feed:
 
     def fetch(self, step: int, m: int) -> Batch:
         """Return microbatch `m`, which must have samples. Seed the random numbers first: this runs user code."""
-        return self.source.fetch(self.indices(step, m))
+        indices = self.indices(step, m)
+        self.fetched.note(m, indices)
+        return self.source.fetch(indices)
 
 
 class StreamFeed:
@@ -73,7 +107,7 @@ class StreamFeed:
     steps_per_epoch: int | None = None
 
     def __init__(self, stream: Stream, *, batch_samples: int, microbatches: int) -> None:
-        self.stream = stream
+        self.stream, self.fetched = stream, Fetched()
         self._batch_samples = batch_samples
         self._offsets = bounds(batch_samples, microbatches)
         self._length: int | None = None
@@ -128,6 +162,7 @@ class StreamFeed:
         """Return microbatch `m`, which must have samples. Seed the random numbers first: this runs user code."""
         self.plan(step)
         part = self._parts()[m]
+        self.fetched.note(m, np.arange(part.start, part.stop))
         return self.stream.collate(self._samples[part.start - self._start : part.stop - self._start])
 
     def _parts(self) -> list[range]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lepton_ray.plan.types import Node, Request, Slot
 
@@ -55,7 +55,15 @@ def fit(nodes: Sequence[Mapping[str, float]], slot: Slot, most: int) -> int:
 
 
 def admit(request: Request, nodes: Sequence[Node], pool: Sequence[Warm]) -> Grant | Wait | Refuse:
-    """Decide on the first job of the queue."""
+    """Decide on the first job of the queue: as many workers as there is room for, of those that it wants."""
+    for workers in range(max(request.most, request.workers), request.workers, -1):
+        decision = _admit(replace(request, workers=workers), nodes, pool)
+        if isinstance(decision, Grant):
+            return decision
+    return _admit(request, nodes, pool)
+
+
+def _admit(request: Request, nodes: Sequence[Node], pool: Sequence[Warm]) -> Grant | Wait | Refuse:
     slot, workers = request.slot, request.workers
     possible = fit([node.total for node in nodes], slot, workers)
     if possible < workers:

@@ -35,5 +35,7 @@ class Request:
     slot: Slot
     environment: str
     """Workers can be reused among jobs with an equal one (Ray's runtime environment, as text)."""
+    most: int = 0
+    """Workers that it takes if there is room for more; 0 for no more than `workers`."""
     spare_cpus: int = 0
     """CPUs that must be left beside the workers, for Ray Data to read a stream."""

@@ -62,8 +62,8 @@ class _Copy:
 class Checkpointer:
     """Write the checkpoints of one run. One caller; one background thread that does everything but the copy.
 
-    folder: that of the checkpoints. keep: newest checkpoints that stay. best: name in state["measured"] whose best
-    checkpoint stays too; best_mode: which values are better.
+    folder: that of the checkpoints. keep: newest checkpoints that stay. best: name in state["loop"]["measured"] whose
+    best checkpoint stays too; best_mode: which values are better.
     on_event: told "checkpoint_saved" (step, generation, path, size_bytes, duration_s from copy to manifest,
     blocked_s of the training, waited_s of it for an earlier write) and "checkpoint_failed" (step, error) in the
     background thread. A failed save raises nothing: training goes on, older checkpoints stay.
@@ -270,7 +270,7 @@ class Checkpointer:
         if self.best is None:
             return None
         try:
-            value = float(manifest.state["measured"][self.best])
+            value = float(manifest.state["loop"]["measured"][self.best])
         except (KeyError, TypeError, ValueError):
             return None
         if value != value:

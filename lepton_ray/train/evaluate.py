@@ -56,6 +56,9 @@ class Counts(Protocol):
     def update(self, outputs: Any, target: Any) -> None:
         """Count a block."""
 
+    def reset(self) -> None:
+        """Forget what was counted, of a pass that was broken off."""
+
     def prime(self, outputs: Any, target: Any) -> None:
         """Learn from a block, without counting it, how long `vector` is; for a worker that has none of its own."""
 
@@ -77,6 +80,9 @@ class Sums:
         for row, metric in zip(self._counts, self._metrics.values()):
             total, weight = metric(outputs, target)
             row += torch.tensor([float(total), float(weight)], dtype=torch.float64)
+
+    def reset(self) -> None:
+        self._counts.zero_()
 
     def prime(self, outputs: Any, target: Any) -> None:
         """Nothing to learn: two counts per metric."""
@@ -101,6 +107,7 @@ def evaluate(
     """Return the mean loss and the metrics over all of `source`; the same numbers on every worker."""
     loss_sum = weight = 0.0
     seen = 0
+    counts.reset()
     model.train(False)
     try:
         for _, batch in how.blocks(model, source):

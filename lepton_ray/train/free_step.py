@@ -7,6 +7,7 @@ optimizers in the same order. A worker whose microbatch is empty (short last bat
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from lepton_ray.train.model import Model
 from lepton_ray.train.objective import StepFn, read_step
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.reduce import Reducer, over_wire, sum_of
-from lepton_ray.train.step import Committed, Extras, begin_buffers, fetch, not_finite, vote
+from lepton_ray.train.step import Committed, Extras, begin_buffers, fetch, not_finite, read_step_ballot, vote
 
 
 class SharedOptimizer:
@@ -83,7 +84,10 @@ class SharedOptimizer:
 
 
 class FreeStepper:
-    """Runs the steps of one worker through the user's `step_fn`. Same interface as `Stepper`."""
+    """Runs the steps of one worker through the user's `step_fn`. Same interface as `Stepper`.
+
+    The optimizers move while a step is computed, so its undoing needs a copy of weights and optimizer state.
+    """
 
     scaler = None
 
@@ -110,10 +114,16 @@ class FreeStepper:
         self._shared = {name: SharedOptimizer(o, peers, wire) for name, o in optimizers.items()}
         self._argument = shape(self._shared)
         self._buffers = BufferFold(model.buffers(), allreduce)
+        self._optimizers = optimizers
+        self._step = self._microbatches = 0
+        self._before: tuple[list[torch.Tensor], list[dict[str, Any]]] | None = None
 
-    def run(self, step: int, plan: StepPlan, owned: Sequence[int], wish: bool) -> list[Committed]:
-        """Do step `step` on the one microbatch that this worker owns."""
+    def compute(self, step: int, plan: StepPlan, owned: Sequence[int]) -> list[float]:
+        """Do step `step` on the one microbatch that this worker owns; return the numbers for the ballot."""
         (m,) = owned
+        self._feed.fetched.forget()
+        weights = [tensor.detach().clone() for tensor in self._model.parameters().values()]
+        self._before = weights, [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers.values()]
         samples = plan.sizes[m]
         total = sum(plan.sizes)
         for shared in self._shared.values():
@@ -134,25 +144,35 @@ class FreeStepper:
         self._buffers.reduce()
         own_sum = float(outcome.loss_sum.detach()) if samples else 0.0
         extra = {name: (float(part), share) for name, (part, share) in outcome.extra.items()} if samples else {}
-        loss_sum, weight, agreed_samples, stop, *sums = vote(
-            self._peers, [own_sum, weight, samples, wish, *self._extras.numbers(extra)]
-        )
+        if not samples:
+            self._feed.fetched.forget()  # what it ran on is another's
+        self._step, self._microbatches = step, len(plan.sizes)
+        return [own_sum, weight, *self._feed.fetched.work(len(plan.sizes)), *self._extras.numbers(extra)]
+
+    def again(self, ballot: Sequence[float]) -> None:
+        """One ballot is enough."""
+
+    def commit(self, ballot: Sequence[float]) -> list[Committed]:
+        """Take in what the workers agreed on; return the step. Raises RunFailed when it is not finite."""
+        loss_sum, weight, *told = ballot
+        self._before = None
         gradients = float(sum(shared.gradients.cpu() for shared in self._shared.values()))
         if not math.isfinite(loss_sum) or not math.isfinite(gradients):
-            raise RunFailed(not_finite(step, loss_sum))
+            raise RunFailed(not_finite(self._step, loss_sum))
         self._buffers.apply()
-        committed = Committed(
-            loss_sum=loss_sum,
-            weight=weight,
-            samples=int(agreed_samples),
-            stop=stop > 0,
-            extra=self._extras.means(sums),
-        )
-        return [committed]
+        return [read_step_ballot(loss_sum, weight, told, self._microbatches, self._extras)]
 
-    def settle(self) -> list[Committed]:
-        """Return what is committed by that: nothing, since each step was."""
-        return []
+    def discard(self) -> None:
+        """Undo what `compute` did."""
+        self._buffers.discard()
+        if self._before is not None:
+            weights, states = self._before
+            with torch.no_grad():
+                for tensor, weight in zip(self._model.parameters().values(), weights):
+                    tensor.copy_(weight)
+            for optimizer, state in zip(self._optimizers.values(), states):
+                optimizer.load_state_dict(state)
+        self._before = None
 
     def close(self) -> None:
         """Take the hooks off the model."""

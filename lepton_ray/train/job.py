@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from lepton_ray.data.feed import open_feed
 from lepton_ray.data.sources import Source, Stream
+from lepton_ray.plan.recover import Position
 from lepton_ray.storage import Folder
 from lepton_ray.train import weights
 from lepton_ray.train.checkpoint_format import load, newest
 from lepton_ray.train.evaluate import predict
-from lepton_ray.train.loop import Loop, Report
+from lepton_ray.train.loop import Loop
+from lepton_ray.train.outbox import Report
 from lepton_ray.train.parts import load_weights, make_parts
 from lepton_ray.train.peers import Background, Peers
 from lepton_ray.train.spec import TrainSpec
+from lepton_ray.train.transfer import give, take
 
 
 class Task:
-    """One rank of a job. Building it makes the model; `run` does the work."""
+    """A worker's part of a job. Building it makes the model; `join` takes a place among others, `run` does the work."""
 
     def __init__(
         self,
@@ -29,69 +32,105 @@ class Task:
         *,
         train_source: Source | Stream | None,
         test_source: Source | Stream | None,
-        peers: Peers,
         device: torch.device,
-        generation: int,
         report: Report,
         record: Callable[[int], None],
         wish: Callable[[], bool],
+        pause: Callable[[], bool] = lambda: False,
     ) -> None:
         """train_source: None unless the job trains. test_source: what is evaluated or predicted. Others: see `Loop`."""
         torch.set_num_threads(spec.threads)
         if spec.reproducible:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.set_deterministic_debug_mode("error")  # `use_deterministic_algorithms` imports the compiler: 2 s
-        if spec.sync.is_local:
-            peers = Background(peers)
-        self._spec, self._peers, self._report, self._source = spec, peers, report, test_source
+        self._spec, self._report, self._source = spec, report, test_source
+        self._notes: list[str] = []
         feed = None
         if train_source is not None:
+            assert spec.batch.microbatches is not None
             feed = open_feed(
                 train_source,
                 batch_samples=spec.batch.samples,
-                microbatches=spec.batch.microbatches or peers.world,
+                microbatches=spec.batch.microbatches,
                 seed=spec.seed,
             )
-        self._parts = make_parts(spec, feed, peers, device, self._note)
-        if spec.sync.wire != "fp32":
-            sizes = [p.numel() * p.itemsize for p in self._parts.model.parameters().values()]
-            self._note(f"gradients travel as {spec.sync.wire}; {peers.explain(sum(sizes))}")
-        self._loop = None
+        self.parts = make_parts(spec, feed, device, self._notes.append)
+        self.loop: Loop | None = None
         if feed is not None:
-            self._loop = Loop(
+            self.loop = Loop(
                 spec,
-                self._parts,
+                self.parts,
                 feed=feed,
                 test_source=test_source,
-                peers=peers,
-                generation=generation,
                 report=report,
                 record=record,
                 wish=wish,
+                pause=pause,
             )
 
     @property
     def step(self) -> int | None:
         """Steps that are done; None for a job that does not train."""
-        return self._loop.step if self._loop else None
+        return self.loop.state.step if self.loop else None
 
-    def run(self) -> list[Any]:
-        """Do the work; return the numbered blocks of a prediction, otherwise nothing."""
-        if self._loop is not None:
-            self._loop.run()
-            return []
+    @property
+    def committed(self) -> int:
+        """Transactions that are done."""
+        return self.loop.state.committed if self.loop else 0
+
+    def position(self) -> Position | None:
+        """Say where this worker stands, for others to go on from; see `Loop.position`."""
+        return self.loop.position() if self.loop else None
+
+    def settle(self, ballot: Sequence[float] | None = None) -> None:
+        """Close what was open when the last generation ended; see `Loop.settle`."""
+        if self.loop is not None:
+            self.loop.settle(ballot)
+
+    def lend(self, peers: Peers) -> None:
+        """Give the state of the training to all others of a group, of which this is rank 0."""
+        assert self.loop is not None
+        give(peers, *self.loop.copy_out())
+
+    def borrow(self, peers: Peers) -> None:
+        """Take over the state that rank 0 of a group gives."""
+        assert self.loop is not None
+        self.loop.copy_in(*take(peers))
+
+    def join(self, peers: Peers, generation: int, *, is_fresh: bool = True, since_step: int = 0) -> None:
+        """Take a place in a generation; see `Loop.join`."""
+        if self._spec.sync.is_local:
+            peers = Background(peers)
+        self._peers = peers
+        self.parts.bind(peers)
+        if self._spec.sync.wire != "fp32":
+            sizes = [p.numel() * p.itemsize for p in self.parts.model.parameters().values()]
+            self._notes.append(f"gradients travel as {self._spec.sync.wire}; {peers.explain(sum(sizes))}")
+        notes, self._notes[:] = list(self._notes), []
+        for text in notes:
+            self._note(text)
+        if self.loop is not None:
+            self.loop.join(peers, generation, is_fresh=is_fresh, since_step=since_step)
+
+    def run(self) -> tuple[bool, list[Any]]:
+        """Do the work. Returns whether it is over, not paused, and the numbered blocks of a prediction."""
+        if self.loop is not None:
+            return self.loop.run(), []
         self._load()
         assert self._source is not None
         if self._spec.mode == "predict":
-            return predict(self._parts.model, self._source, self._parts.how)
-        found = self._parts.evaluate(self._source)
+            return True, predict(self.parts.model, self._source, self.parts.how)
+        found = self.parts.evaluate(self._source)
         if self._peers.rank == 0:
             self._report("evaluated", metrics=found)
-        return []
+        return True, []
 
     def close(self) -> None:
         """Let go of the model."""
-        self._parts.stepper.close()
+        if self.loop is not None:
+            self.loop.close()
+        if hasattr(self.parts, "stepper"):
+            self.parts.stepper.close()
 
     def _note(self, text: str) -> None:
         if self._peers.rank == 0:
@@ -101,9 +140,15 @@ class Task:
         """Load the trained weights of the run, or those of its newest checkpoint, when it has any."""
         folder = Folder(self._spec.run_url)
         if folder.exists(weights.NAME):
-            load_weights(self._parts.model, weights.read_weights(folder))
+            load_weights(self.parts.model, weights.read_weights(folder))
             return
         found, _ = newest(folder.sub("checkpoints"))
         if found is not None:
-            load_weights(self._parts.model, load(folder.sub("checkpoints"), found.step)[0])
+            load_weights(self.parts.model, load(folder.sub("checkpoints"), found.step)[0])
             self._note(f"the run has not finished: these are its weights after {found.step} steps")
+
+
+def own_device() -> torch.device:
+    """Return the accelerator of this process, or the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")

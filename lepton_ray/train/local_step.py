@@ -30,9 +30,9 @@ from lepton_ray.train import optimizers
 from lepton_ray.train.buffers import BufferMean
 from lepton_ray.train.free_step import FreeStepper
 from lepton_ray.train.model import Model
-from lepton_ray.train.peers import Background
+from lepton_ray.train.peers import Alone, Background
 from lepton_ray.train.precision import Scaler
-from lepton_ray.train.step import Committed, Extras, Stepper, vote
+from lepton_ray.train.step import Committed, Extras, Stepper, step_together, vote
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,6 +93,8 @@ class LocalStepper:
         self._model_buffers = model.buffers()
         self._buffers = BufferMean(self._model_buffers)
         self._extras = Extras(peers)
+        self._work = 0
+        """Numbers that tell of a step's microbatches."""
         self._rows: list[Committed] = []
         """Steps that no ballot has told the others of."""
         self._is_level = True
@@ -134,8 +136,12 @@ class LocalStepper:
         """
         sizes = [size if m in owned else 0 for m, size in enumerate(plan.sizes)]
         own = replace(plan, samples=sum(sizes), sizes=sizes)
-        done = self._inner.run(step, own, owned, wish) if own.samples else [_nothing(wish)]
+        if own.samples:
+            done = step_together(self._inner, Alone(), step, own, owned, wish)
+        else:
+            done = [_nothing(wish, len(plan.sizes))]
         self._rows += done
+        self._work = 2 * len(plan.sizes)
         for fragment in self._fragments:
             fragment.counted += sum(each.weight for each in done if not each.is_skipped)
         self._is_level = False
@@ -228,15 +234,16 @@ class LocalStepper:
     def _told(self, row: Committed) -> list[float]:
         norm, has_norm = (0.0, 0.0) if row.grad_norm is None else (row.grad_norm, 1.0)
         extra = {name: (mean * row.samples, row.samples) for name, mean in row.extra.items()}
-        told = [row.loss_sum, row.weight, row.samples, row.stop, row.is_skipped, norm, has_norm]
-        return [*told, *self._extras.numbers(extra)]
+        told = [row.loss_sum, row.weight, row.stop, row.is_skipped, norm, has_norm]
+        return [*told, *row.work, *self._extras.numbers(extra)]
 
     def _read(self, sums: Sequence[float]) -> Committed:
-        loss_sum, weight, samples, stop, skipped, norm, norms, *extra = sums
+        loss_sum, weight, stop, skipped, norm, norms, *told = sums
+        work, extra = told[: self._work], told[self._work :]
         return Committed(
             loss_sum=loss_sum,
             weight=weight,
-            samples=int(samples),
+            work=work,
             stop=stop > 0,
             is_skipped=skipped > 0,
             grad_norm=norm / norms if norms else None,
@@ -299,9 +306,9 @@ class LocalStepper:
         self._put(own["weights"], own["buffers"])
 
 
-def _nothing(wish: bool) -> Committed:
+def _nothing(wish: bool, microbatches: int) -> Committed:
     """Return the step of a worker that has no sample in it."""
-    return Committed(loss_sum=0.0, weight=0.0, samples=0, stop=wish)
+    return Committed(loss_sum=0.0, weight=0.0, work=[0.0] * (2 * microbatches), stop=wish)
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,65 +1,43 @@
-"""The training loop of one worker: steps, evaluations, checkpoints, reports and callbacks, in step order.
+"""The training of one worker, as a sequence of transactions that all workers commit together, or not at all.
 
-What leaves this process (records, checkpoints, callbacks) is stable: a step's record goes out after the ballot of the
-next step, or after a closing ballot, because only then has every worker applied it.
+A transaction is computed together with the others, so that it can be undone; it is agreed on in a ballot, one small
+all-reduce which a worker joins when all its other sums of the transaction have returned; then each worker commits it by
+itself. So workers that are torn apart differ by one transaction at most, and those that are behind hold every sum of it
+(`plan.recover` settles where they go on). What leaves the process does so after a later ballot: see `train.outbox`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lepton_ray.callbacks import Callback, RunView
-from lepton_ray.data.datasets import qualified_name
 from lepton_ray.data.feed import Feed, StreamFeed
 from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import RunFailed
 from lepton_ray.plan.batch import own
-from lepton_ray.storage import Folder
-from lepton_ray.train.checkpoint import Checkpointer
-from lepton_ray.train.checkpoint_format import File, load, load_own, newest
-from lepton_ray.train.own_files import write_files
+from lepton_ray.plan.recover import Position
+from lepton_ray.train.local_step import LocalStepper
+from lepton_ray.train.outbox import Outbox, Report
+from lepton_ray.train.own_files import File
 from lepton_ray.train.parts import Parts
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.reduce import sum_of
+from lepton_ray.train.saver import Saver
 from lepton_ray.train.spec import TrainSpec
-from lepton_ray.train.step import Committed, vote
-from lepton_ray.train.weights import write_weights
+from lepton_ray.train.state import Kind, TrainState
+from lepton_ray.train.step import Committed, Stepping, vote
+from lepton_ray.train.weights import weights_digest
 
-Report = Callable[..., None]
-"""(event name, **fields): hand a record to the journal; returns at once."""
-
-WRITE_OUT_S = 8.0
-"""How long a run that failed waits for a checkpoint that is being written."""
-LAST_WRITE_S = 600.0
-"""How long a run waits for its last checkpoint."""
 SPEED_WINDOW_S = 2.0
 """Samples per second are measured over at least so long, or since the last record that carried them."""
-
-
-@dataclass(slots=True)
-class _Epoch:
-    """Running sums of an epoch's training loss, and what was measured on the test data in it."""
-
-    loss_sum: float = 0.0
-    weight: float = 0.0
-    tested: dict[str, float] = field(default_factory=dict)
-
-    def add(self, committed: Committed) -> None:
-        self.loss_sum += committed.loss_sum
-        self.weight += committed.weight
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.weight if self.weight else 0.0
+_HEAD = 4
+"""Numbers at the head of each ballot: wishes to stop, for a callback, to pause; bytes to tell of."""
 
 
 @dataclass(slots=True)
@@ -81,7 +59,7 @@ class _Speed:
 
 
 class Loop:
-    """Trains one copy of the model together with the other workers."""
+    """Trains one copy of the model together with the other workers of a generation; it outlives generations."""
 
     def __init__(
         self,
@@ -90,115 +68,273 @@ class Loop:
         *,
         feed: Feed | StreamFeed,
         test_source: Source | Stream | None,
-        peers: Peers,
-        generation: int,
         report: Report,
         record: Callable[[int], None],
         wish: Callable[[], bool],
+        pause: Callable[[], bool],
     ) -> None:
-        """record: returns when what all workers reported of the steps before one is on record for good.
-
-        wish: whether somebody asked this worker to stop; read at every ballot.
-        """
-        self._spec, self._parts, self._peers, self._generation = spec, parts, peers, generation
-        self._test_source, self._report, self._record_to, self._wish = test_source, report, record, wish
-        self._feed, self._stepper = feed, parts.stepper
-        self._owned = own(spec.batch.microbatches or peers.world, [1.0] * peers.world)[peers.rank]
-        self._folder = Folder(spec.run_url)
-        self._is_first = peers.rank == 0
-        self._checkpointer = self._make_checkpointer() if self._is_first else None
-        self.step = 0
-        """Steps done."""
-        self._epoch = 0
-        self._sums = _Epoch()
+        """record: see `Saver`. wish, pause: whether somebody asked this worker to stop, or to pause; for ballots."""
+        self._spec, self._parts, self._feed, self._test_source = spec, parts, feed, test_source
+        self._wish, self._pause = wish, pause
+        self.state = TrainState()
+        self._outbox = Outbox(report, parts.callbacks, spec.name, spec.run_url)
+        self._saver = Saver(spec, parts, self.state, self._outbox, record)
         self._speed = _Speed()
+        self._generation = 0
+        self._owned = range(0)
         self._done: deque[tuple[int, int, float]] = deque()
-        """Step, epoch and learning rate of what is done here, but not yet committed by all."""
-        self._pending: deque[dict[str, Any]] = deque()
-        """Records of what is committed, but perhaps not yet applied by all."""
-        self._metrics: dict[str, float] = {}
-        """The last of each."""
-        self._measured: dict[str, float] = {}
-        """What was measured of the weights as they are now."""
-        self._saved_step = -1
-        self._validated_step = -1
-        self._saved: deque[dict[str, Any]] = deque()
-        self._stop_reason: str | None = None
-        """Why a callback wishes to stop."""
-        self._has_stopped = False
-        """An earlier life of the run agreed to that wish, and died before it had ended."""
-        self._view = RunView(name=spec.name, path=spec.run_url, stop=self._ask_to_stop)
+        """Step, epoch and learning rate of what is done here, but that no ballot has told of (local steps)."""
+        # The transaction that is open, and what is known of it.
+        self._open: Kind | None = None
+        self._is_reduced = False
+        self._ballot: tuple[float, ...] = ()
+        self._found: Any = None
+        self._voted = b""
+        """The callbacks' memory that this worker's last ballot told the length of."""
+        self._covered = 0
+        """Records that the memory holds which is being told."""
+        self._has_begun = False
+        self._since_step = 0
+        self._is_spoiled = True
+        """The state is none that could be given to others, or gone on from."""
 
-    def run(self) -> None:
-        """Train from the newest checkpoint, or from the start, to the end or to an agreed stop."""
-        try:
-            self._train()
-        except BaseException:
-            if self._checkpointer is not None:
-                with suppress(Exception):  # the first error is the one to tell
-                    self._checkpointer.close(WRITE_OUT_S)
-            raise
+    # --- generations -------------------------------------------------------------------------------------------------
 
-    def _train(self) -> None:
-        self._resume()
+    def join(self, peers: Peers, generation: int, *, is_fresh: bool, since_step: int = 0) -> None:
+        """Take a place in a generation; the stepper is bound to it.
+
+        is_fresh: nobody holds the state of the training, so all load it, or begin. since_step: the first step that the
+        journal has no record of.
+        """
+        self._peers, self._generation, self._since_step = peers, generation, since_step
+        self._owned = own(self._spec.batch.microbatches or peers.world, [1.0] * peers.world)[peers.rank]
+        if peers.rank == 0 and not self._outbox.is_first and not is_fresh:
+            self._outbox.take_over()
+        self._outbox.is_first = peers.rank == 0
+        self._saver.join(peers.world)
         self._parts.model.train(True)
-        end = self._total_steps()
-        stop, has_room = self._has_stopped, False
-        while not stop and (end is None or self.step < end) and not self._is_over():
-            stop = self._one_step()
-            if self._checkpointer and not has_room:
-                # The optimizer has its state now: the next checkpoint finds memory of the right size.
-                self._checkpointer.prepare(*self._parts.state())
-                has_room = True
-        self._settle()
-        self._finish(stop)
+        if not is_fresh:
+            self._outbox.publish_again(since_step)
+            return
+        self._is_spoiled = True
+        if self._saver.resume(peers):
+            self._feed.seek(self.state.step)
+            self._outbox.now("resumed", step=self.state.step, epoch=self.state.epoch, generation=generation)
+        else:
+            if self._has_begun:
+                self._parts.restart()
+                self.state.load(TrainState().plain())
+            for tensor in self._parts.model.state().values():
+                shared = tensor.contiguous()
+                peers.broadcast(shared)
+                tensor.copy_(shared)
+            self._parts.begin()
+            self.state.todo = [Kind.SAVE]
+            self._outbox.now("started", step=0, generation=generation)
+        self._outbox.rewind(self.state.step)
+        self._has_begun, self._is_spoiled = True, False
 
-    # --- steps -----------------------------------------------------------------------------------------------------
+    def position(self) -> Position | None:
+        """Say where this worker stands; None when its state is of no use to go on from."""
+        if self._is_spoiled or self._spec.sync.is_local:
+            return None
+        is_reduced = self._open is not None and self._is_reduced
+        return Position(committed=self.state.committed, is_reduced=is_reduced, ballot=self._ballot)
 
-    def _total_steps(self) -> int | None:
-        """Count the steps of the whole run; None when only the end of a stream tells."""
-        if self._spec.steps is not None:
-            return self._spec.steps
-        per_epoch = self._feed.steps_per_epoch
-        return None if per_epoch is None else per_epoch * (self._spec.epochs or 1)
+    def settle(self, ballot: Sequence[float] | None) -> None:
+        """Close the transaction that was open when the generation ended. ballot: it is committed with that."""
+        kind, self._open = self._open, None
+        if self._spec.sync.is_local:
+            return  # all begin from a checkpoint
+        if ballot is not None:
+            assert kind is not None
+            self._commit(kind, ballot)
+        elif kind is Kind.STEP:
+            self._is_spoiled = True
+            self._stepper.discard()
+            self._is_spoiled = False
+
+    def copy_out(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return what a newcomer needs: the live tensors of the model, and the rest as a tree."""
+        tensors, state = self._parts.state()
+        outbox = self._outbox
+        beside = {"callbacks": list(outbox.memory()), "tail": outbox.tail(self._since_step)}
+        return tensors, {**state, "loop": self.state.plain(), **beside}
+
+    def copy_in(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Take over the state of another worker."""
+        self._is_spoiled = True
+        self._parts.load(tensors, state)
+        self.state.load(state["loop"])
+        self._outbox.remember(bytes(state["callbacks"]))
+        self._outbox.load_tail(state["tail"])
+        self._outbox.publish_again(self._since_step)
+        self._feed.seek(self.state.step)
+        self._has_begun, self._is_spoiled = True, False
+
+    def close(self) -> None:
+        """End what goes on in the background."""
+        self._saver.give_up()
+
+    # --- transactions ------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Train; return whether that has come to its end, or to an agreed stop, rather than to a pause."""
+        while True:
+            kind = self._next()
+            wants_pause = self._transact(kind)
+            if kind is Kind.END:
+                return True
+            if wants_pause:
+                return False
+
+    def _next(self) -> Kind:
+        """Return what is to be done next."""
+        state = self.state
+        if state.untold:
+            return Kind.TELL
+        if not state.todo:
+            if not state.is_stopping and not self._is_over():
+                return Kind.STEP
+            # A stop for another reason than a callback's wish is to be gone on from.
+            complete = [Kind.FINALIZE, Kind.VALIDATE] if state.is_done or not state.is_stopping else []
+            state.todo = [*complete, Kind.COMPARE, Kind.SAVE, Kind.END]
+        return state.todo[0]
 
     def _is_over(self) -> bool:
-        return self._spec.steps is None and self._epoch >= (self._spec.epochs or 1)
+        """Tell whether all steps are done; of a stream only its end tells."""
+        if self._spec.steps is not None:
+            return self.state.step >= self._spec.steps
+        return self.state.epoch >= (self._spec.epochs or 1)
 
-    def _one_step(self) -> bool:
-        """Do one step and what is due after it; return whether the run is to stop."""
-        plan = self._feed.plan(self.step)
-        committed = self._stepper.run(self.step, plan, self._owned, self._wishes())
-        self._publish()
-        self._done.append((self.step, self._epoch, self._parts.schedulers.rate()))
-        self._commit(committed)
-        self._report("work", step=self.step, first=self._owned.start, sizes=[plan.sizes[m] for m in self._owned])
+    def _transact(self, kind: Kind) -> bool:
+        """Do a transaction with all workers; return whether some of them was asked to pause after it."""
+        self._open, self._is_reduced = kind, False
+        if kind is Kind.STEP and isinstance(self._parts.stepper, LocalStepper):
+            return self._local_step(self._parts.stepper)
+        numbers: list[float] | None = self._compute(kind)
+        while numbers is not None:
+            self._voted = self._outbox.vote()
+            untold = len(self._voted) if self._peers.world > 1 else 0
+            head = [self._wish(), self._outbox.stop_reason is not None, self._pause(), untold]
+            self._is_reduced = True
+            ballot = vote(self._peers, [*head, *numbers])
+            numbers = self._stepper.again(ballot[_HEAD:]) if kind is Kind.STEP else None
+        self._ballot = tuple(ballot)
+        self._outbox.publish(self.state.step, self.state.epoch)
+        self._open = None
+        self._commit(kind, ballot)
+        return ballot[2] > 0
+
+    def _commit(self, kind: Kind, ballot: Sequence[float]) -> None:
+        """Make a transaction so, which cannot be undone from here on."""
+        state = self.state
+        self._is_spoiled = True
+        state.committed += 1
+        state.is_stopping |= ballot[0] + ballot[1] > 0
+        state.is_done |= ballot[1] > 0
+        if kind is not Kind.TELL:
+            state.untold, self._covered = int(ballot[3]), self._outbox.covered
+        if kind is Kind.TELL or not state.untold:
+            state.untold = 0
+            self._outbox.agreed(self._covered)
+        if kind not in (Kind.STEP, Kind.TELL):
+            assert state.todo[0] is kind
+            state.todo = state.todo[1:]
+        match kind:
+            case Kind.STEP:
+                self._after_step(self._stepper.commit(ballot[_HEAD:]))
+            case Kind.VALIDATE:
+                self._validated(self._found)
+            case Kind.EPOCH:
+                self._end_epoch()
+            case Kind.TELL:
+                if not self._outbox.is_first:
+                    self._outbox.remember(self._found)
+                self._outbox.told = self._found
+            case Kind.SAVE:
+                self._saver.save(self._generation, self._found)
+            case Kind.FINALIZE:
+                self._finalized()
+            case Kind.COMPARE:
+                self._compared(ballot[_HEAD:])
+            case Kind.END:
+                self._ended()
+        self._found = None
+        self._is_spoiled = False
+
+    def _compute(self, kind: Kind) -> list[float]:
+        """Do what a transaction needs the others for; return this worker's numbers for the ballot."""
+        if isinstance(self._parts.stepper, LocalStepper):
+            self._take(self._parts.stepper.settle())
+        match kind:
+            case Kind.STEP:
+                return self._stepper.compute(self.state.step, self._feed.plan(self.state.step), self._owned)
+            case Kind.VALIDATE:
+                self._found = self._evaluate()
+            case Kind.TELL:
+                self._found = self._tell()
+            case Kind.SAVE:
+                self._found = self._prepare_save()
+            case Kind.FINALIZE if self._spec.sync.is_local:
+                self._found = self._parts.finalize()
+            case Kind.COMPARE:
+                return self._digest_number()
+        return []
+
+    @property
+    def _stepper(self) -> Stepping:
+        """Return what does steps that all workers commit together."""
+        assert not isinstance(self._parts.stepper, LocalStepper)
+        return self._parts.stepper
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _local_step(self, stepper: LocalStepper) -> bool:
+        """Do a step that needs no ballot."""
+        plan = self._feed.plan(self.state.step)
+        wishes = self._wish() or self._outbox.stop_reason is not None
+        committed = stepper.run(self.state.step, plan, self._owned, wishes)
+        self._outbox.publish(self.state.step, self.state.epoch)
+        self._open = None
+        self._is_spoiled = True
+        self.state.committed += 1
+        self._after_step(committed)
+        if any(each.stop for each in committed):  # the next ballot tells why
+            self.state.is_stopping = True
+            self.state.todo.append(Kind.SETTLE)
+        self._is_spoiled = False
+        return False
+
+    def _after_step(self, committed: list[Committed]) -> None:
+        """Take in a step, and see what is due after it."""
+        state, limits = self.state, self._spec.checkpoints
+        is_epoch_end = self._feed.plan(state.step).is_epoch_end
+        self._done.append((state.step, state.epoch, self._parts.schedulers.rate()))
+        self._take(committed)
         self._parts.schedulers.after_step()
-        self.step += 1
-        self._measured = {}
-        stop = any(each.stop for each in committed)
-        if self._is_due(self._spec.validate_every, plan.is_epoch_end):
-            self._settle()
-            self._validate()
-        if plan.is_epoch_end:
-            stop |= self._end_epoch()
-        limits = self._spec.checkpoints
-        has_best = limits.best is not None and limits.best in self._measured
-        if has_best or self._is_due(limits.every_steps, plan.is_epoch_end):
-            self._settle()
-            self._save(stop)
-        return stop
+        state.step += 1
+        state.measured = {}
+        if self._test_source is not None and self._is_due(self._spec.validate_every, is_epoch_end):
+            state.todo.append(Kind.VALIDATE)
+        if is_epoch_end:
+            # Callbacks hear of the epoch after one ballot, and are heard in the next.
+            state.todo += [Kind.EPOCH, Kind.SETTLE, Kind.SETTLE]
+        if self._is_due(limits.every_steps, is_epoch_end):
+            state.todo.append(Kind.SAVE)
+        self._saver.make_room()
 
     def _is_due(self, every: int | None, is_epoch_end: bool) -> bool:
-        return is_epoch_end if every is None else self.step % every == 0
+        return is_epoch_end if every is None else self.state.step % every == 0
 
-    def _commit(self, committed: list[Committed]) -> None:
+    def _take(self, committed: list[Committed]) -> None:
         """Take in what all workers agreed on about the first of the steps that are done."""
         samples_per_s = self._speed.add(sum(each.samples for each in committed)) if committed else 0.0
         for each in committed:
-            self._sums.add(each)
+            self.state.loss_sum += each.loss_sum
+            self.state.weight += each.weight
             step, epoch, rate = self._done.popleft()
-            record = {
+            record: dict[str, Any] = {
                 "step": step,
                 "epoch": epoch,
                 "train_loss": each.loss,
@@ -210,228 +346,98 @@ class Loop:
                 record["grad_norm"] = each.grad_norm
             if each.is_skipped:
                 record["skipped"] = True
-            self._pending.append(record)
+            half = len(each.work) // 2
+            record["work"] = [[int(n), int(digest)] for n, digest in zip(each.work[:half], each.work[half:])]
+            self._outbox.put("step", {**record, "generation": self._generation})
 
-    def _settle(self) -> bool:
-        """Hold a closing ballot: all steps are stable. Return whether anybody wishes to stop."""
-        self._commit(self._stepper.settle())
-        stop = vote(self._peers, [self._wishes()])[0] > 0
-        self._publish()
-        return stop
+    # --- epochs and evaluations --------------------------------------------------------------------------------------
 
-    def _publish(self) -> None:
-        """Hand out the records of committed steps, which are stable now."""
-        while self._pending:
-            record = self._pending.popleft()
-            if self._is_first:
-                self._report("step", **record)
-                self._call("on_step", record)
-        self._tell_saved()
-
-    def _tell_saved(self) -> None:
-        while self._saved:
-            self._call("on_checkpoint", self._saved.popleft())
-
-    # --- epochs, evaluation ------------------------------------------------------------------------------------------
-
-    def _end_epoch(self) -> bool:
-        """Evaluate, report and call back at the end of an epoch; return whether anybody wishes to stop now."""
-        self._settle()
-        found = {"train_loss": self._sums.loss, **self._sums.tested}
-        self._note(found)
+    def _end_epoch(self) -> None:
+        state = self.state
+        found = {"train_loss": state.loss, **state.tested}
+        state.note(found)
         self._parts.schedulers.after_epoch(found.get("train_loss" if self._test_source is None else "test_loss"))
-        if self._is_first:
-            record = {"epoch": self._epoch, "step": self.step, "samples_per_s": self._speed.value, **found}
-            self._report("epoch", **record)
-            self._call("on_epoch", record)
-        self._epoch, self._sums = self._epoch + 1, _Epoch()
-        return self._settle()
+        record = {"epoch": state.epoch, "step": state.step, "samples_per_s": self._speed.value, **found}
+        self._outbox.put("epoch", {**record, "generation": self._generation})
+        state.epoch, state.loss_sum, state.weight, state.tested = state.epoch + 1, 0.0, 0.0, {}
+        self._save_best()
 
-    def _validate(self) -> None:
-        """Evaluate on the test data; every worker gets the same numbers."""
-        if self._test_source is None or self._validated_step == self.step:
-            return
-        self._validated_step = self.step
-        found = {f"test_{name}": value for name, value in self._parts.evaluate(self._test_source).items()}
-        best = self._spec.checkpoints.best
-        if self._is_first and best not in (None, "train_loss", *found) and "test_loss" not in self._metrics:
-            names = ", ".join(["train_loss", *found])
-            self._report("note", text=f"Checkpoints(best={best!r}) keeps nothing: what is measured is {names}.")
-        self._sums.tested = found
-        self._note(found)
-        if self._is_first:
-            self._report("validated", step=self.step, epoch=self._epoch, **self._metrics)
+    def _save_best(self) -> None:
+        """Save where the metric was measured that decides about the best checkpoint."""
+        if self._spec.checkpoints.best in self.state.measured and Kind.SAVE not in self.state.todo:
+            self.state.todo.append(Kind.SAVE)
 
-    def _note(self, found: dict[str, float]) -> None:
-        """Take in what was measured at this step."""
-        self._measured |= found
-        self._metrics |= found
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate on the test data, unless these weights have been; every worker gets the same numbers."""
+        if self._test_source is None or self.state.validated_step == self.state.step:
+            return {}
+        return {f"test_{name}": value for name, value in self._parts.evaluate(self._test_source).items()}
 
-    # --- checkpoints -------------------------------------------------------------------------------------------------
+    def _validated(self, found: dict[str, float]) -> None:
+        state, best = self.state, self._spec.checkpoints.best
+        if found:
+            if best not in (None, "train_loss", *found) and "test_loss" not in state.metrics:
+                names = ", ".join(["train_loss", *found])
+                self._outbox.now("note", text=f"Checkpoints(best={best!r}) keeps nothing: what is measured is {names}.")
+            state.validated_step = state.step
+            state.tested = found
+            state.note(found)
+            record = {"step": state.step, "epoch": state.epoch, **state.metrics}
+            self._outbox.put("validated", {**record, "generation": self._generation})
+            self._save_best()
 
-    def _make_checkpointer(self) -> Checkpointer:
-        limits = self._spec.checkpoints
-        return Checkpointer(
-            self._folder.sub("checkpoints"),
-            keep=limits.keep,
-            best=limits.best,
-            best_mode=limits.best_mode,
-            on_event=self._on_checkpoint_event,
-            # Nobody may wait for rank 0 for so long that it is given up.
-            write_timeout_s=LAST_WRITE_S if self._peers.world == 1 else self._spec.patience_s / 2,
-        )
+    def _tell(self) -> bytes:
+        """Return what the callbacks of rank 0 remembered at the last ballot."""
+        if self._outbox.is_first:
+            told = torch.frombuffer(bytearray(self._voted), dtype=torch.uint8)
+        else:
+            told = torch.zeros(self.state.untold, dtype=torch.uint8)
+        self._peers.broadcast(told)
+        return told.numpy().tobytes()
 
-    def _on_checkpoint_event(self, kind: str, **fields: Any) -> None:
-        """Take news from the thread that writes; callbacks hear of it in the training thread."""
-        self._report(kind, **fields)
-        if kind == "checkpoint_saved":
-            self._saved.append(fields)
+    # --- checkpoints and the end -------------------------------------------------------------------------------------
 
-    def _save(self, stop: bool = False) -> None:
-        """Copy the state after a settled step; it is written in the background.
-
-        It counts as saved when the work that made it is on record: the receipt must survive whatever the model does.
-        stop: the workers agreed to stop here. Raises RunFailed, on all workers, for weights that are inf or nan.
-        """
-        if self._saved_step == self.step:
-            return
+    def _prepare_save(self) -> list[File] | None:
+        """Refuse weights that are inf or nan, on all workers; write what only the others hold. Raises RunFailed."""
         is_broken = not math.isfinite(sum_of(self._parts.model.parameters().values()))
         if self._spec.sync.is_local:
             is_broken = vote(self._peers, [is_broken])[0] > 0  # of any worker
         if is_broken:
             raise RunFailed(
-                f"some weights are inf or nan after {self.step} steps. Lower the learning rate; the last checkpoint is "
-                "from before it."
+                f"some weights are inf or nan after {self.state.step} steps. Lower the learning rate; the last "
+                "checkpoint is from before it."
             )
-        self._saved_step = self.step
-        beside = self._save_own() if self._spec.sync.is_local else ()
-        if beside is None:
-            self._saved_step = -1
-        if self._checkpointer is None:
-            return
-        tensors, state = self._parts.state()
-        state |= {
-            "epoch": self._epoch,
-            "epoch_sums": asdict(self._sums),
-            "metrics": self._metrics,
-            "measured": self._measured,
-            "callbacks": [[qualified_name(callback), callback.state_dict()] for callback in self._parts.callbacks],
-            "stop_reason": self._stop_reason,
-            "has_stopped": stop and self._stop_reason is not None,
-        }
-        step = self.step
+        return self._saver.save_own(self._peers) if self._spec.sync.is_local else None
+
+    def _finalized(self) -> None:
+        is_changed = self._found if self._spec.sync.is_local else self._parts.finalize()
+        if is_changed:  # these are other weights than those that were measured and saved
+            self.state.validated_step, self.state.measured = -1, {}
+            self._saver.forget()
+
+    def _digest_number(self) -> list[float]:
+        """Return a number for each worker, of which this one's tells its weights."""
         with self._parts.shared():
-            is_saved = self._checkpointer.save(
-                step,
-                tensors,
-                state,
-                generation=self._generation,
-                after=lambda: self._record_to(step),
-                beside=beside,
-            )
-        if not is_saved and not self._spec.sync.is_local:  # where all save together, all must try again, or nobody
-            self._saved_step = -1
+            self._found = weights_digest(self._parts.model.state())
+        return [float(int(self._found[:12], 16)) if r == self._peers.rank else 0.0 for r in range(self._peers.world)]
 
-    def _save_own(self) -> list[File] | None:
-        """Let the other workers write what only they hold."""
-        is_ready = self._checkpointer is None or self._checkpointer.is_idle()
-        folder = self._folder.sub("checkpoints")
-        return write_files(folder, self.step, self._parts.own_state, self._peers, is_ready=is_ready)
-
-    def _resume(self) -> None:
-        """Load the newest valid checkpoint, the one that rank 0 chooses; without one, agree on the first weights."""
-        # All look, since all would wait for one that does: it reads the checkpoint to the end.
-        found, problems = newest(self._folder.sub("checkpoints"))
-        step = int(vote(self._peers, [found.step + 1 if found and self._is_first else 0])[0]) - 1
-        for problem in problems if self._is_first else ():
-            self._report("checkpoint_refused", reason=problem)
-        if step < 0:
-            for tensor in self._parts.model.state().values():
-                shared = tensor.contiguous()
-                self._peers.broadcast(shared)
-                tensor.copy_(shared)
-            self._parts.begin()
-            if self._is_first:
-                self._report("started", step=0)
-            self._save()
-            return
-        tensors, state = load(self._folder.sub("checkpoints"), step)
-        if self._spec.sync.is_local and not self._is_first:
-            state |= load_own(self._folder.sub("checkpoints"), step, self._peers.rank)
-        self._parts.load(tensors, state)
-        self.step, self._epoch, self._metrics = step, state["epoch"], state["metrics"]
-        self._sums = _Epoch(**state["epoch_sums"])
-        self._saved_step = step
-        self._stop_reason, self._has_stopped = state["stop_reason"], state["has_stopped"]
-        self._load_callbacks(state["callbacks"])
-        self._feed.seek(step)
-        if self._is_first:
-            self._report("resumed", step=step, epoch=self._epoch)
-
-    # --- the end -----------------------------------------------------------------------------------------------------
-
-    def _finish(self, stopped: bool) -> None:
-        """Evaluate, save, check that all workers hold the same model, and report the end."""
-        is_complete = not stopped or vote(self._peers, [self._stop_reason is not None])[0] > 0
-        if self._sums.weight:
-            self._note({"train_loss": self._sums.loss})
-        if is_complete:
-            if self._parts.finalize():  # these are other weights than those that were measured and saved
-                self._validated_step, self._saved_step, self._measured = -1, -1, {}
-            self._validate()
-        with self._parts.shared():
-            digest = weights_digest(self._parts.model.state())
-        self._compare(digest)
-        if self._checkpointer is not None and not self._spec.sync.is_local:
-            self._checkpointer.write_timeout_s = LAST_WRITE_S  # nobody waits for this rank any more
-        self._save(stopped)
-        if self._checkpointer is None:
-            return
-        self._checkpointer.close(LAST_WRITE_S)
-        self._tell_saved()
-        end = {"step": self.step, "epoch": self._epoch, "metrics": self._metrics, "sha256": digest}
-        if is_complete:
-            write_weights(self._folder, self._parts.model.state())
-            self._call("on_end", end)
-        self._report("trained", complete=is_complete, reason=self._stop_reason, **end)
-
-    def _compare(self, digest: str) -> None:
+    def _compared(self, numbers: Sequence[float]) -> None:
         """Refuse to end with workers whose models differ."""
-        digests = torch.zeros(self._peers.world, dtype=torch.float64)
-        digests[self._peers.rank] = int(digest[:12], 16)
-        self._peers.allreduce(digests)
-        if (digests != digests[0]).any():
-            odd = torch.nonzero(digests != digests[0]).flatten().tolist()
-            raise RunFailed(f"the models of ranks {odd} differ from that of rank 0 after step {self.step}.")
+        odd = [rank for rank, number in enumerate(numbers) if number != numbers[0]]
+        if odd:
+            raise RunFailed(f"the models of ranks {odd} differ from that of rank 0 after step {self.state.step}.")
+        if self.state.weight:
+            self.state.note({"train_loss": self.state.loss})
+        self.state.digest = self._found
 
-    # --- callbacks ---------------------------------------------------------------------------------------------------
-
-    def _ask_to_stop(self, reason: str) -> None:
-        self._stop_reason = reason
-
-    def _wishes(self) -> bool:
-        return self._stop_reason is not None or self._wish()
-
-    def _load_callbacks(self, saved: list[list[Any]]) -> None:
-        """Give each callback the state of the first one of its class that is left; callbacks may come and go."""
-        waiting = list(saved)
-        for callback in self._parts.callbacks:
-            found = next((pair for pair in waiting if pair[0] == qualified_name(callback)), None)
-            if found is not None:
-                waiting.remove(found)
-                callback.load_state_dict(found[1])
-
-    def _call(self, hook: str, record: dict[str, Any]) -> None:
-        self._view.step, self._view.epoch = self.step, self._epoch
-        callback: Callback
-        for callback in self._parts.callbacks:
-            getattr(callback, hook)(self._view, record)
-
-
-def weights_digest(state: dict[str, torch.Tensor]) -> str:
-    """Return the sha256 over names, shapes, types and bytes of a model's tensors, in order."""
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    def _ended(self) -> None:
+        """Write what the run leaves, and report its end."""
+        state = self.state
+        is_complete = state.is_done or not state.is_stopping
+        self._saver.finish(self._generation, is_complete)
+        self._outbox.publish(state.step, state.epoch)
+        end = {"step": state.step, "epoch": state.epoch, "metrics": state.metrics, "sha256": state.digest}
+        if is_complete and self._outbox.is_first:
+            self._outbox.call("on_end", end)
+        reason = self._outbox.stop_reason
+        self._outbox.now("trained", complete=is_complete, reason=reason, generation=self._generation, **end)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 class Parts:
     """One worker's copy of everything that makes a training."""
 
+    spec: TrainSpec
+    step_fn: StepFn | None
+    feed: Feed | StreamFeed | None
+    device: torch.device
     model: Model
     judge: Objective
     """The loss of evaluations."""
@@ -44,9 +49,68 @@ class Parts:
     optimizers: Optimizers
     schedulers: Schedulers
     callbacks: Sequence[Callback]
-    stepper: Stepper | FreeStepper | LocalStepper
-    how: Pass
+    stepper: Stepper | FreeStepper | LocalStepper = field(init=False)
+    """Of the generation that this worker is in."""
+    how: Pass = field(init=False)
     """How evaluations and predictions go."""
+    _first: dict[str, Any] = field(init=False)
+    """State of optimizers and schedulers before the first step."""
+
+    def __post_init__(self) -> None:
+        named = {name: optimizer.state_dict() for name, optimizer in self.optimizers.named.items()}
+        self._first = copy.deepcopy({"optimizers": named, "schedulers": self.schedulers.state_dict()})
+
+    def bind(self, peers: Peers) -> None:
+        """Make the stepper of a generation: gradients lie in the memory of its group. That of an earlier one ends."""
+        spec, scaler = self.spec, None
+        if hasattr(self, "stepper"):
+            scaler = self.stepper.scaler
+            self.stepper.close()
+        is_local = self.feed is not None and spec.sync.is_local
+        met: Peers = Alone() if is_local else peers
+        common: dict[str, Any] = {
+            "model": self.model,
+            "feed": self.feed,
+            "peers": met,
+            "device": self.device,
+            "seed": spec.seed,
+            "wire": spec.sync.wire,
+        }
+        optimizers = self.optimizers
+        if self.step_fn is not None and spec.batch.microbatches == peers.world and spec.precision == "fp32":
+            self.stepper = FreeStepper(
+                step_fn=self.step_fn, optimizers=optimizers.named, shape=optimizers.shape, **common
+            )
+        else:
+            self.stepper = Stepper(
+                objective=_train_objective(self.step_fn, self.judge, optimizers),
+                optimizers=optimizers.named,
+                precision=spec.precision,
+                clip_norm=spec.batch.clip_norm,
+                **common,
+            )
+            if scaler is not None:
+                self.stepper.scaler = scaler
+        if is_local:
+            assert isinstance(peers, Background)
+            self.stepper = LocalStepper(self.stepper, self.model, peers, spec.sync)
+        self.how = Pass(
+            block_samples=-(-spec.batch.samples // (spec.batch.microbatches or peers.world)),
+            precision=spec.precision,
+            seed=spec.seed,
+            peers=peers,
+            device=self.device,
+        )
+
+    def restart(self) -> None:
+        """Set everything as it was before the first step."""
+        load_weights(self.model, build(self.spec.blueprint, self.device, seed_of(self.spec.seed, 0)).state())
+        state = copy.deepcopy(self._first)
+        for name, optimizer in self.optimizers.named.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.schedulers.load_state_dict(state["schedulers"])
+        if not isinstance(self.stepper, FreeStepper) and self.stepper.scaler is not None:
+            self.stepper.scaler = Scaler()
 
     def evaluate(self, source: Source | Stream) -> dict[str, float]:
         """Return the loss and the metrics over all of `source`; all workers take part."""
@@ -116,11 +180,10 @@ def load_weights(model: Model, tensors: Mapping[str, torch.Tensor]) -> None:
 def make_parts(
     spec: TrainSpec,
     feed: Feed | StreamFeed | None,
-    peers: Peers,
     device: torch.device,
     note: Callable[[str], None],
 ) -> Parts:
-    """Build everything.
+    """Build everything but the stepper, which belongs to a generation: see `Parts.bind`.
 
     feed: None for a job that does not train. note: told what was inferred.
     Raises ConfigError.
@@ -140,46 +203,17 @@ def make_parts(
         from lepton_ray.train.keras_parts import keras_pieces  # imports keras, which only these models need
 
         judge, counts, optimizers = keras_pieces(cast("KerasModel", model), code, note)
-    schedulers = make_scheduler(code.scheduler, optimizers)
-    is_local = feed is not None and spec.sync.is_local
-    met: Peers = Alone() if is_local else peers
-    common: dict[str, Any] = {
-        "model": model,
-        "feed": feed,
-        "peers": met,
-        "device": device,
-        "seed": spec.seed,
-        "wire": spec.sync.wire,
-    }
-    stepper: Stepper | FreeStepper | LocalStepper
-    if code.step_fn is not None and spec.batch.microbatches == peers.world and spec.precision == "fp32":
-        stepper = FreeStepper(step_fn=code.step_fn, optimizers=optimizers.named, shape=optimizers.shape, **common)
-    else:
-        stepper = Stepper(
-            objective=_train_objective(code.step_fn, judge, optimizers),
-            optimizers=optimizers.named,
-            precision=spec.precision,
-            clip_norm=spec.batch.clip_norm,
-            **common,
-        )
-    if is_local:
-        assert isinstance(peers, Background)
-        stepper = LocalStepper(stepper, model, peers, spec.sync)
     return Parts(
+        spec=spec,
+        step_fn=code.step_fn,
+        feed=feed,
+        device=device,
         model=model,
         judge=judge,
         counts=counts,
         optimizers=optimizers,
-        schedulers=schedulers,
+        schedulers=make_scheduler(code.scheduler, optimizers),
         callbacks=code.callbacks,
-        stepper=stepper,
-        how=Pass(
-            block_samples=-(-spec.batch.samples // (spec.batch.microbatches or peers.world)),
-            precision=spec.precision,
-            seed=spec.seed,
-            peers=peers,
-            device=device,
-        ),
     )
 
 

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,8 +31,9 @@ class Committed:
     loss_sum: float
     weight: float
     """What the loss sum and the gradients were divided by: samples, or tokens."""
-    samples: int
-    stop: bool
+    work: Sequence[float]
+    """What the workers testify of each microbatch: samples, and then digests; see `data.feed.Fetched`."""
+    stop: bool = False
     """Some worker wishes to stop after this step."""
     is_skipped: bool = False
     """fp16 gradients overflowed: no update was made."""
@@ -39,6 +41,11 @@ class Committed:
     """L2 norm of the mean gradient before clipping, where it was computed."""
     extra: dict[str, float] = field(default_factory=dict)
     """Means over the samples of what a `step_fn` returned beside its loss."""
+
+    @property
+    def samples(self) -> int:
+        """Count the samples of all microbatches."""
+        return int(sum(self.work[: len(self.work) // 2]))
 
     @property
     def loss(self) -> float:
@@ -77,6 +84,33 @@ def begin_buffers(buffers: BufferFold, plan: StepPlan) -> None:
     buffers.begin(len(filled), filled[0] if filled else 0)
 
 
+class Stepping(Protocol):
+    """Does steps that all workers commit together, or not at all."""
+
+    def compute(self, step: int, plan: StepPlan, owned: Sequence[int]) -> list[float]:
+        """Do a step as far as it can be undone; return this worker's numbers for the ballot."""
+
+    def again(self, ballot: Sequence[float]) -> list[float] | None:
+        """Return the numbers for another ballot where the one that was held was not enough."""
+
+    def commit(self, ballot: Sequence[float]) -> list[Committed]:
+        """Make it so."""
+
+    def discard(self) -> None:
+        """Undo what `compute` did."""
+
+
+def step_together(
+    stepper: Stepping, peers: Peers, step: int, plan: StepPlan, owned: Sequence[int], wish: bool
+) -> list[Committed]:
+    """Do a step with all workers. wish: this worker wishes to stop after it. Raises PeerLost, RunFailed."""
+    numbers: list[float] | None = stepper.compute(step, plan, owned)
+    while numbers is not None:
+        wishes, *ballot = vote(peers, [wish, *numbers])
+        numbers = stepper.again(ballot)
+    return [replace(each, stop=wishes > 0) for each in stepper.commit(ballot)]
+
+
 class Extras:
     """What a `step_fn` returned beside its loss, on its way through the ballots: as many numbers on every worker.
 
@@ -101,8 +135,24 @@ class Extras:
         return {name: total / weight for name, total, weight in zip(self._names, sums[::2], sums[1::2]) if weight}
 
 
+@dataclass(slots=True)
+class _Open:
+    """A step that is computed and not committed."""
+
+    step: int
+    scale: float
+    gradients: float
+    """A number that is finite when all summed gradients are."""
+    untouched: torch.Tensor | None
+    """One flag per parameter that no backward of this worker reached; None when all were reached."""
+    numbers: list[float]
+    microbatches: int
+    unused: torch.Tensor | None = None
+    """Parameters that no backward of any worker reached."""
+
+
 class Stepper:
-    """Runs the steps of one worker."""
+    """Runs the steps of one worker: `compute`, a ballot, `again` and another ballot if need be, then `commit`."""
 
     def __init__(
         self,
@@ -127,18 +177,18 @@ class Stepper:
         self._reducer = Reducer(model.parameters(), over_wire(peers, wire), peers.empty)
         self._buffers = BufferFold(model.buffers(), allreduce)
         self._extras = Extras(peers)
+        self._open: _Open | None = None
 
-    def run(self, step: int, plan: StepPlan, owned: Sequence[int], wish: bool) -> list[Committed]:
-        """Do step `step` with the microbatches that this worker owns, together with all others.
+    def compute(self, step: int, plan: StepPlan, owned: Sequence[int]) -> list[float]:
+        """Do step `step` with the microbatches that this worker owns, as far as it can be undone.
 
-        wish: this worker wishes to stop after the step.
-        Returns what is committed now: this step.
-        Raises RunFailed when the loss or a gradient is not finite, PeerLost when another worker is gone.
+        Returns the numbers for the ballot. Raises PeerLost when another worker is gone.
         """
+        self._feed.fetched.forget()
         self._reducer.begin()
         begin_buffers(self._buffers, plan)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        weight, samples = 0.0, 0
+        weight = 0.0
         extra: dict[str, list[float]] = {}
         owned = [m for m in owned if plan.sizes[m]]
         # Over the samples, so that gradients have the size that they have under torch's scaler: that of a mean.
@@ -154,7 +204,6 @@ class Stepper:
             self._buffers.leave(m)
             loss_sum += outcome.loss_sum.detach()
             weight += outcome.weight
-            samples += plan.sizes[m]
             for name, (total, share) in outcome.extra.items():
                 sums = extra.setdefault(name, [0.0, 0.0])
                 sums[0], sums[1] = sums[0] + float(total), sums[1] + share
@@ -163,35 +212,42 @@ class Stepper:
         untouched = self._reducer.untouched()
         # The same bits on every worker, and read together with the loss.
         own_sum, gradients = torch.stack([loss_sum, sum_of(self._reducer.buckets)]).tolist()
-        ballot = vote(
-            self._peers, [own_sum, weight, samples, untouched is not None, wish, *self._extras.numbers(extra)]
-        )
-        committed = Committed(
-            loss_sum=ballot[0],
-            weight=ballot[1],
-            samples=int(ballot[2]),
-            stop=ballot[4] > 0,
-            extra=self._extras.means(ballot[5:]),
-        )
-        if ballot[3] > 0:
-            self._drop_unused(untouched)
-        return [self._apply(step, committed, scale, gradients)]
+        work = self._feed.fetched.work(len(plan.sizes))
+        numbers = [float(untouched is not None), own_sum, weight, *work, *self._extras.numbers(extra)]
+        self._open = _Open(step, scale, gradients, untouched, numbers, len(plan.sizes))
+        return numbers
 
-    def settle(self) -> list[Committed]:
-        """Return what is committed by that: nothing, since each step was."""
-        return []
+    def again(self, ballot: Sequence[float]) -> list[float] | None:
+        """Return the numbers for another ballot where one is not enough: gradients that nobody made go first."""
+        assert self._open is not None
+        if not ballot[0]:
+            return None
+        untouched = self._open.untouched
+        if untouched is None:
+            untouched = torch.zeros(self._reducer.size, dtype=torch.float64)
+        self._peers.allreduce(untouched)
+        # A worker that owned nothing in this step reached nothing either: unused is what everybody missed.
+        self._open.unused = untouched == self._peers.world
+        return [0.0, *self._open.numbers[1:]]
+
+    def commit(self, ballot: Sequence[float]) -> list[Committed]:
+        """Make the update that the workers agreed on; return the step. Raises RunFailed when it is not finite."""
+        done, self._open = self._open, None
+        assert done is not None
+        _, loss_sum, weight, *told = ballot
+        committed = read_step_ballot(loss_sum, weight, told, done.microbatches, self._extras)
+        if done.unused is not None:
+            self._reducer.drop(done.unused)
+        return [self._apply(done.step, committed, done.scale, done.gradients)]
+
+    def discard(self) -> None:
+        """Undo what `compute` did."""
+        self._buffers.discard()
+        self._open = None
 
     def close(self) -> None:
         """Take the hooks off the model."""
         self._reducer.close()
-
-    def _drop_unused(self, untouched: torch.Tensor | None) -> None:
-        """Take the gradient from parameters that no backward of any worker reached."""
-        if untouched is None:
-            untouched = torch.zeros(len(self._model.parameters()), dtype=torch.float64)
-        self._peers.allreduce(untouched)
-        # A worker that owned nothing in this step reached nothing either: unused is what everybody missed.
-        self._reducer.drop(untouched == self._peers.world)
 
     def _apply(self, step: int, committed: Committed, scale: float, gradients: float) -> Committed:
         """Turn the summed gradients into the mean, clip it and update; or skip or refuse the step."""
@@ -217,6 +273,14 @@ class Stepper:
         for optimizer in self._optimizers.values():
             optimizers.step(optimizer)
         return replace(committed, grad_norm=norm)
+
+
+def read_step_ballot(
+    loss_sum: float, weight: float, told: Sequence[float], microbatches: int, extras: Extras
+) -> Committed:
+    """Read what the workers told of their work and beside their loss."""
+    work, extra = told[: 2 * microbatches], told[2 * microbatches :]
+    return Committed(loss_sum=loss_sum, weight=weight, work=work, extra=extras.means(extra))
 
 
 def _skipped(committed: Committed) -> Committed:

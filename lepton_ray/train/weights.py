@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
+import torch
 from safetensors.torch import load
 from torch import Tensor
 
@@ -27,3 +29,12 @@ def write_weights(folder: Folder, state: Mapping[str, Tensor]) -> None:
 def read_weights(folder: Folder) -> dict[str, Tensor]:
     """Read what `write_weights` wrote."""
     return load(folder.read(NAME))
+
+
+def weights_digest(state: dict[str, torch.Tensor]) -> str:
+    """Return the sha256 over names, shapes, types and bytes of a model's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -21,7 +21,6 @@ from tests.api.scripts.job import CLASSES, FEATURES, STEPS_PER_EPOCH, make_train
 from tests.api.scripts.net import Net
 from tests.api.scripts.processes import (
     controller,
-    controller_pid,
     driver,
     groups,
     is_gone,
@@ -78,8 +77,8 @@ def test_second_driver_attaches_and_a_submitted_run_outlives_its_own(address: st
     assert len(records(storage, name, "header")) == len(records(storage, name, "started")) == 1
     assert records(storage, name, "resumed") == []
     logs = Path(result.path, "logs")
-    assert (logs / "rank-0.log").read_text().count("a forward of the user's model") == END  # of its own microbatch
-    assert (logs / "rank-1.log").exists()
+    assert (logs / "worker-0.log").read_text().count("a forward of the user's model") == END  # of its own microbatch
+    assert (logs / "worker-1.log").exists()
 
 
 def test_finished_run_gives_its_result_without_a_cluster(ray_cluster: None, storage: str) -> None:
@@ -119,7 +118,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_leaves_nothing(address: str, storage
     until(lambda: set(os.listdir("/dev/shm")) <= shared_memory, "others on this machine to unlink theirs")
 
 
-def test_second_signal_ends_at_once_and_workers_end_when_their_controller_is_killed(address: str, storage: str) -> None:
+def test_second_signal_ends_at_once_and_workers_end_when_their_controller_is_gone(address: str, storage: str) -> None:
     name = "impatient"
     with driver("train", storage, name, address=address, pace_s=20, lease_s=2, workers=1) as script:
         script.go()
@@ -131,7 +130,7 @@ def test_second_signal_ends_at_once_and_workers_end_when_their_controller_is_kil
         script.process.send_signal(signal.SIGINT)
         assert script.process.wait(30) == 130
         assert time.monotonic() - began_s < 10
-    kill(controller_pid(name))
+    job._controller.kill()  # for good: Ray does not start it again
     with pytest.raises(RunFailed, match=f"controller of '{name}' died.* start the run again under its name"):
         job.wait(30)
     assert job.status()["outcome"] == "lost"
@@ -189,7 +188,7 @@ def test_cancelled_run_goes_on(ray_cluster: None, storage: str) -> None:
     assert job.status()["outcome"] == "cancelled"
     result = make_trainer(storage, name, workers=1, model=Net(FEATURES, CLASSES)).submit().wait(60)
     assert (result.receipt.steps, result.receipt.samples_lost, result.receipt.samples_repeated) == (END, 0, 0)
-    log = Path(result.path, "logs", "rank-0.log").read_text()
+    log = Path(result.path, "logs", "worker-0.log").read_text()
     assert log.count("a forward of the user's model") == 2 * END  # of both microbatches, in both lives together
 
 
@@ -268,7 +267,7 @@ def test_next_job_reuses_warm_workers_and_replaces_dead_ones(
     pid = run("one")
     (tmp_path / "own_module.py").write_text("SCALE = 22\n")
     assert run("two") == pid
-    log = Path(storage, "two", "logs", "rank-0.log").read_text()
+    log = Path(storage, "two", "logs", "worker-0.log").read_text()
     assert "scale 22" in log
     assert "scale 1\n" not in log
     kill(pid)

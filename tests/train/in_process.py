@@ -127,16 +127,16 @@ def run_job(
     earlier = journal.read(folder)
     generation = 1 + max((int(found.get("generation", 0)) for found in earlier), default=0)
     book, told, lock = journal.Journal(folder), [], threading.Lock()
+    if mode == "train" and not earlier:
+        book.append("header", config=trainer._prepared.config)
     groups = form(num_workers, nodes) if num_workers > 1 else []
     tasks: dict[int, Task] = {}
 
     def report(rank: int, event: str, fields: dict[str, Any]) -> None:
         with lock:
             at(event, fields)
-            if event == "work":
-                fields = {"rank": rank, "rows": [[fields["step"], fields["first"], fields["sizes"]]]}
             if mode == "train":
-                book.append(event, **{**fields, "generation": generation})
+                book.append(event, **{"generation": generation, **fields})
             told.append({"event": event, **fields})
 
     def work(peers: Peers) -> list[Any]:
@@ -145,19 +145,21 @@ def run_job(
                 spec,
                 train_source=trainer._train if mode == "train" else None,
                 test_source=trainer._test,
-                peers=peers,
                 device=torch.device("cpu"),
-                generation=generation,
                 report=lambda event, /, **fields: report(peers.rank, event, fields),
                 record=record,
                 wish=wish,
             )
-            outputs = task.run()
+            task.join(peers, generation)
+            is_over, outputs = task.run()
+            assert is_over
             task.close()
             return outputs
         except BaseException:
             for group in groups:
                 group.abort()
+            if peers.rank in tasks:
+                tasks[peers.rank].close()
             raise
 
     try:
@@ -179,6 +181,6 @@ def run_job(
     return Done(
         records=records,
         result=make_result(name, folder.url, records, trainer._model),
-        models=[tasks[rank]._parts.model for rank in sorted(tasks)],
+        models=[tasks[rank].parts.model for rank in sorted(tasks)],
         outputs=sorted(outputs, key=lambda block: block[0]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -122,7 +123,7 @@ def test_a_short_last_batch_leaves_no_microbatch_of_one_sample(storage: str) -> 
     """25 = 16 + 9 samples; torch's BatchNorm refuses to learn from one."""
     model = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES)).double()
     done = run_job(model, (X[:25], Y[:25]), storage=storage, batch=Batch(samples=16, microbatches=2))
-    assert [sizes for record in done.of("work") for _, _, sizes in record["rows"]] == [[8, 8], [5, 4]]
+    assert [[samples for samples, _ in record["work"]] for record in done.of("step")] == [[8, 8], [5, 4]]
 
 
 class Exploding(nn.Module):
@@ -257,7 +258,7 @@ def test_the_best_checkpoint_is_that_of_the_best_measure(storage: str) -> None:
     measured = {record["step"]: record["test_loss"] for record in done.of("validated")}
     best = min(measured, key=lambda step: measured[step])
     assert Folder(f"{storage}/job/checkpoints").names() == [f"step-{step:08d}" for step in sorted({best, 23})]
-    assert saved_state(storage, best)["measured"]["test_loss"] == measured[best]
+    assert saved_state(storage, best)["loop"]["measured"]["test_loss"] == measured[best]
     assert 0 < best < 20
 
 
@@ -331,7 +332,8 @@ def test_an_evaluation_of_a_run_that_was_stopped_takes_its_newest_checkpoint(sto
         return run_job(nn.Linear(3, 1), data, data, wish=wish, **settings)
 
     first = job("evaluate", "stopped")
-    trained = job("train", "stopped", wish=lambda: True)
+    ballots = itertools.count()
+    trained = job("train", "stopped", wish=lambda: next(ballots) >= 2)
     assert 0 < len(trained.losses) < 4
     found = job("evaluate", "stopped")
     assert found.of("note")[0]["text"].endswith(f"its weights after {len(trained.losses)} steps")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -451,7 +452,7 @@ def live(storage: str, name: str, **options: Any) -> Done:
 
 
 def assert_same_run(found: Done, expected: Done) -> None:
-    assert found.result.receipt == expected.result.receipt
+    assert replace(found.result.receipt, generations=1) == expected.result.receipt
     assert (found.result.receipt.samples_lost, found.result.receipt.samples_repeated) == (0, 0)
     assert found.result.metrics == expected.result.metrics
 
@@ -460,7 +461,7 @@ def assert_same_run(found: Done, expected: Done) -> None:
 def test_a_run_that_fails_at_any_moment_goes_on_exactly(storage: str) -> None:
     """Checkpoints fall between the turns of the fragments, and while one is on its way."""
     expected = live(storage, "calm")
-    moments = [record["event"] for record in expected.records if record["event"] != "work"]
+    moments = [record["event"] for record in expected.records if record["event"] != "header"]
     for moment in range(0, len(moments), 3):
         told: list[str] = []
 

@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +397,7 @@ def assert_same_run(found: Done, expected: Done) -> None:
     def epochs(done: Done) -> list[dict[str, Any]]:
         return [{k: v for k, v in epoch.items() if k != "samples_per_s"} for epoch in done.result.history]
 
-    assert found.result.receipt == expected.result.receipt
+    assert replace(found.result.receipt, generations=1) == expected.result.receipt
     assert (found.result.receipt.samples_lost, found.result.receipt.samples_repeated) == (0, 0)
     assert found.result.metrics == expected.result.metrics
     assert epochs(found) == epochs(expected)
@@ -412,7 +413,7 @@ def test_reproducible_runs_end_with_the_same_bits(storage: str) -> None:
 def test_a_run_that_fails_at_any_moment_goes_on_exactly(storage: str) -> None:
     """Each run tells nothing of its first life from some record on, fails, and ends in a second life."""
     expected = live(storage, "calm")
-    moments = [record["event"] for record in expected.records]
+    moments = [record["event"] for record in expected.records if record["event"] != "header"]
     assert {"started", "step", "epoch", "validated", "checkpoint_saved", "trained"} <= set(moments)
     for moment in range(len(moments)):
         name = f"moment-{moment}"

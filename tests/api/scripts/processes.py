@@ -126,9 +126,9 @@ def controller_pid(name: str) -> int:
 
 
 def worker_pids(storage: str, name: str) -> list[int]:
-    """Return the processes of a run's newest life, by rank."""
-    found = {r["rank"]: r["pid"] for r in records(storage, name, "worker")}
-    return [found[rank] for rank in sorted(found)]
+    """Return the processes of a run's newest life, by the number of the worker."""
+    found = {r["worker"]: r["pid"] for r in records(storage, name, "worker")}
+    return [found[number] for number in sorted(found)]
 
 
 def kill(pid: int) -> None:

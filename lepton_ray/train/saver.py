@@ -1,0 +1,140 @@
+"""When and what a worker writes to the run's folder, and how a run goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from lepton_ray.storage import Folder
+from lepton_ray.train.checkpoint import Checkpointer
+from lepton_ray.train.checkpoint_format import File, load, load_own, newest
+from lepton_ray.train.outbox import Outbox
+from lepton_ray.train.own_files import write_files
+from lepton_ray.train.parts import Parts
+from lepton_ray.train.peers import Peers
+from lepton_ray.train.spec import TrainSpec
+from lepton_ray.train.state import TrainState
+from lepton_ray.train.step import vote
+from lepton_ray.train.weights import write_weights
+
+WRITE_OUT_S = 8.0
+"""How long a run that failed waits for a checkpoint that is being written."""
+LAST_WRITE_S = 600.0
+"""How long a run waits for its last checkpoint."""
+
+
+class Saver:
+    """The checkpoints of a run, as one worker sees them; that of rank 0 writes them."""
+
+    def __init__(
+        self, spec: TrainSpec, parts: Parts, state: TrainState, outbox: Outbox, record: Callable[[int], None]
+    ) -> None:
+        """record: returns when what was done before a step is on record for good; raises where this worker is out."""
+        self._spec, self._parts, self._state, self._outbox, self._record = spec, parts, state, outbox, record
+        self._folder = Folder(spec.run_url)
+        self._checkpoints = self._folder.sub("checkpoints")
+        self._checkpointer: Checkpointer | None = None
+        self._has_room = False
+        self._saved_step = -1
+
+    def join(self, world: int) -> None:
+        """Take part in a generation: whoever has rank 0 writes from now on, and nobody else."""
+        if not self._outbox.is_first:
+            self.close(0.0)
+            return
+        limits = self._spec.checkpoints
+        if self._checkpointer is None:
+            self._has_room = False
+            self._checkpointer = Checkpointer(
+                self._checkpoints,
+                keep=limits.keep,
+                best=limits.best,
+                best_mode=limits.best_mode,
+                on_event=self._outbox.checkpoint_event,
+            )
+        # Nobody may wait for rank 0 for so long that it is given up.
+        self._checkpointer.write_timeout_s = LAST_WRITE_S if world == 1 else self._spec.patience_s / 2
+
+    def make_room(self) -> None:
+        """Find memory of the right size for a checkpoint: the optimizer has its state now."""
+        if self._checkpointer is not None and not self._has_room:
+            self._has_room = True
+            self._checkpointer.prepare(*self._parts.state())
+
+    def forget(self) -> None:
+        """Know that the weights are others than those that were saved."""
+        self._saved_step = -1
+
+    def save(self, generation: int, beside: list[File] | None = None) -> None:
+        """Copy the state after a stable step; it is written in the background.
+
+        It counts as saved when the work that made it is on record: the receipt must survive whatever the model does.
+        beside: files that the other workers wrote, where all hold something of their own.
+        """
+        if self._checkpointer is None or self._saved_step == self._state.step:
+            return
+        step = self._state.step
+        tensors, state = self._parts.state()
+        state |= {
+            "loop": self._state.plain(),
+            "callbacks": self._outbox.states(),
+            "stop_reason": self._outbox.stop_reason,
+        }
+        is_local = self._spec.sync.is_local
+        with self._parts.shared():
+            is_saved = self._checkpointer.save(
+                step,
+                tensors,
+                state,
+                generation=generation,
+                after=lambda: self._record(step),
+                beside=beside if is_local else (),
+            )
+        if is_saved or is_local:  # where all save together, all must try again, or nobody
+            self._saved_step = step
+
+    def save_own(self, peers: Peers) -> list[File] | None:
+        """Let the other workers write what only they hold; all call this together."""
+        is_ready = self._checkpointer is None or self._checkpointer.is_idle()
+        return write_files(self._checkpoints, self._state.step, self._parts.own_state, peers, is_ready=is_ready)
+
+    def resume(self, peers: Peers) -> bool:
+        """Load the newest valid checkpoint, the one that rank 0 chooses; return whether there is one."""
+        # All look, since all would wait for one that does: it reads the checkpoint to the end.
+        found, problems = newest(self._checkpoints)
+        step = int(vote(peers, [found.step + 1 if found and peers.rank == 0 else 0])[0]) - 1
+        for problem in problems:
+            self._outbox.now("checkpoint_refused", reason=problem)
+        if step < 0:
+            return False
+        tensors, state = load(self._checkpoints, step)
+        if self._spec.sync.is_local and peers.rank > 0:
+            state |= load_own(self._checkpoints, step, peers.rank)
+        self._parts.load(tensors, state)
+        self._state.load({**state["loop"], "todo": [], "untold": 0, "is_stopping": state["loop"]["is_done"]})
+        self._outbox.stop_reason = state["stop_reason"]
+        self._outbox.load_states(state["callbacks"])
+        self._saved_step = step
+        return True
+
+    def finish(self, generation: int, is_complete: bool) -> None:
+        """Write what a run leaves: its last checkpoint and, when it is complete, its weights."""
+        if self._checkpointer is None:
+            return
+        self._checkpointer.write_timeout_s = LAST_WRITE_S  # nobody waits for this rank any more
+        if not self._spec.sync.is_local:
+            self.save(generation)
+        self.close(LAST_WRITE_S)
+        if is_complete:
+            write_weights(self._folder, self._parts.model.state())
+
+    def close(self, limit_s: float) -> None:
+        """End the thread that writes, when it has written what it has; it is waited for so long."""
+        if self._checkpointer is not None:
+            checkpointer, self._checkpointer = self._checkpointer, None
+            checkpointer.close(limit_s)
+
+    def give_up(self) -> None:
+        """Write out what is being written, if that is quick: the run has failed."""
+        with suppress(Exception):  # the first error is the one to tell
+            self.close(WRITE_OUT_S)

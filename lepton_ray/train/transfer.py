@@ -1,0 +1,59 @@
+"""Copy the state of a training from one worker to others, over the collective: no file is read, none is written."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lepton_ray.train.peers import Peers
+from lepton_ray.train.tree import flatten, unflatten
+
+SMALL_BYTES = 1 << 16
+"""Tensors below this size travel together."""
+
+
+def give(peers: Peers, tensors: Mapping[str, torch.Tensor], state: Any) -> None:
+    """Send tensors and a tree of tensors and JSON values to all others of a group, as its rank 0."""
+    parts = dict(tensors)
+    tree = flatten(state, "state", parts)
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in parts.items()}
+    head = torch.frombuffer(bytearray(pickle.dumps((tree, layout))), dtype=torch.uint8)
+    peers.broadcast(torch.tensor([head.numel()]))
+    peers.broadcast(head)
+    small = [_bytes(tensor) for tensor in parts.values() if _is_small(tensor)]
+    if small:
+        peers.broadcast(torch.cat(small))
+    for tensor in parts.values():
+        if not _is_small(tensor):
+            peers.broadcast(tensor.detach().contiguous().cpu())
+
+
+def take(peers: Peers) -> tuple[dict[str, torch.Tensor], Any]:
+    """Receive what rank 0 gives: the tensors by name, on the CPU, and the tree."""
+    size = torch.zeros(1, dtype=torch.int64)
+    peers.broadcast(size)
+    head = torch.empty(int(size), dtype=torch.uint8)
+    peers.broadcast(head)
+    tree, layout = pickle.loads(head.numpy().tobytes())  # made by another worker of this run
+    parts = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
+    small = {name: tensor for name, tensor in parts.items() if _is_small(tensor)}
+    if small:
+        joined = torch.empty(sum(tensor.nbytes for tensor in small.values()), dtype=torch.uint8)
+        peers.broadcast(joined)
+        for (name, tensor), part in zip(small.items(), joined.split([tensor.nbytes for tensor in small.values()])):
+            parts[name] = part.clone().view(tensor.dtype).view(tensor.shape)
+    for tensor in parts.values():
+        if not _is_small(tensor):
+            peers.broadcast(tensor)
+    return parts, unflatten(tree, parts.pop)
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    return tensor.nbytes < SMALL_BYTES
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)

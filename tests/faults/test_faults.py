@@ -1,0 +1,268 @@
+"""What a run survives: real processes, real signals, at every place of its work."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lepton_ray import Checkpoints, ConfigError, Elastic, Faults, Job, RunFailed, WorkerFailed
+from lepton_ray.result import Result
+from tests.faults.scene import (
+    LIMIT_S,
+    PATIENT,
+    STEPS,
+    STEPS_PER_EPOCH,
+    Happening,
+    assert_nothing_lost,
+    die,
+    die_soon,
+    fail,
+    freeze,
+    records,
+    scene,
+    weights,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+PLACES = ("forward", "backward", "update", "evaluate", "callback")
+
+
+@pytest.fixture(scope="module")
+def calm(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """Return the weights of a run in which nothing happens."""
+    return weights(scene(str(tmp_path_factory.mktemp("calm")), "calm").wait(LIMIT_S))
+
+
+def run(storage: str, what: Callable[[], None], where: str, worker: int, **options: Any) -> tuple[Job, Result]:
+    happening = Happening(what, where, worker, STEPS_PER_EPOCH + 2, f"{storage}.happened")
+    job = scene(storage, "job", happening, **options)
+    result = job.wait(LIMIT_S)
+    assert os.path.exists(happening.flag)
+    return job, result
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.parametrize("where", PLACES)
+def test_a_worker_that_dies_costs_no_step(where: str, worker: int, storage: str, calm: torch.Tensor) -> None:
+    if (where, worker) == ("callback", 1):
+        pytest.skip("callbacks run in the process of rank 0")
+    job, result = run(storage, die, where, worker)
+    assert_nothing_lost(job, result, calm)
+    assert result.receipt.generations >= 2
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_worker_that_dies_in_a_sum_or_a_ballot_costs_no_step(worker: int, storage: str, calm: torch.Tensor) -> None:
+    job, result = run(storage, die_soon, "backward", worker)
+    assert_nothing_lost(job, result, calm)
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.parametrize("where", ["forward", "update"])
+def test_a_frozen_worker_is_given_up(where: str, worker: int, storage: str, calm: torch.Tensor) -> None:
+    job, result = run(storage, freeze, where, worker, faults=Faults())
+    assert_nothing_lost(job, result, calm)
+    causes = [record["cause"] for record in records(job, "generation")]
+    assert any("was silent" in cause for cause in causes), causes
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "evaluate"])
+def test_an_error_that_does_not_come_again_costs_no_step(where: str, storage: str, calm: torch.Tensor) -> None:
+    job, result = run(storage, fail, where, 1)
+    assert_nothing_lost(job, result, calm)
+    assert len(records(job, "worker")) == 2  # nobody was started anew
+
+
+def test_an_error_in_the_midst_of_an_update_leaves_the_others_their_state(storage: str, calm: torch.Tensor) -> None:
+    job, result = run(storage, fail, "update", 1)
+    assert_nothing_lost(job, result, calm)
+
+
+def test_an_error_of_a_callback_ends_the_run(storage: str, calm: torch.Tensor) -> None:
+    with pytest.raises(WorkerFailed, match="what the user wrote"):
+        run(storage, fail, "callback", 0)
+
+
+def test_a_lone_worker_that_dies_is_replaced_and_goes_on_from_the_checkpoint(storage: str, calm: torch.Tensor) -> None:
+    job, result = run(storage, die, "forward", 0, num_workers=1)
+    assert_nothing_lost(job, result, calm, redone=5)
+    assert [record["step"] for record in records(job, "resumed")] == [5]
+
+
+def test_when_all_die_the_run_goes_on_from_the_checkpoint(storage: str, calm: torch.Tensor) -> None:
+    job = scene(storage, "job", Happening(lambda: time.sleep(1), "forward", 0, 8, f"{storage}.happened"))
+    pids = {}
+    for record in job.events():
+        if record["event"] == "worker":
+            pids[record["worker"]] = record["pid"]
+        if record["event"] == "step" and record["step"] == 6:
+            for pid in pids.values():
+                os.kill(pid, signal.SIGKILL)
+            break
+    result = job.wait(LIMIT_S)
+    assert_nothing_lost(job, result, calm, redone=STEPS_PER_EPOCH)
+
+
+class Paced:
+    """Follows a job, and acts at steps."""
+
+    def __init__(self, job: Job, acts: dict[int, Callable[[dict[int, int]], None]]) -> None:
+        self.pids: dict[int, int] = {}
+        for record in job.events():
+            if record["event"] == "worker":
+                self.pids[record["worker"]] = record["pid"]
+            if record["event"] == "step":
+                for step in [step for step in acts if step <= record["step"]]:
+                    acts.pop(step)(self.pids)
+
+
+def slow(storage: str) -> Happening:
+    """Let each step of worker 0 take a moment, so that there is time for others to come."""
+    return Happening(lambda: None, "nowhere", 0, 0, f"{storage}.never")
+
+
+def test_a_run_is_resized_while_it_trains(storage: str, calm: torch.Tensor) -> None:
+    job = scene(storage, "job", slow(storage), callbacks=[])
+    Paced(job, {3: lambda pids: job.resize(1)})
+    result = job.wait(LIMIT_S)
+    assert (result.receipt.samples_lost, result.receipt.samples_repeated) == (0, 0)
+    torch.testing.assert_close(weights(result), calm, rtol=1e-9, atol=1e-12)
+    assert [record["workers"] for record in records(job, "generation")] == [[0, 1], [0]]
+
+
+def test_newcomers_copy_the_state_of_a_sibling(storage: str, calm: torch.Tensor) -> None:
+    """The run is held at a step until the newcomers are ready, so that they have steps to do."""
+    gate = f"{storage}.gate"
+    hold = Happening(lambda: _wait_for(gate), "forward", 0, 4, f"{storage}.happened")
+    job = scene(storage, "job", hold, num_workers=1)
+    for record in job.events():
+        if record["event"] == "step" and record["step"] == 1:
+            job.resize(3)
+        if record["event"] == "phase" and record["phase"] == "pausing":
+            Path(gate).touch()
+    result = job.wait(LIMIT_S)
+    assert_nothing_lost(job, result, calm)
+    assert [0] < records(job, "generation")[-1]["workers"] <= [0, 1, 2]
+    assert not records(job, "resumed")
+
+
+def _wait_for(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+
+def test_an_elastic_run_takes_what_there_is(storage: str, calm: torch.Tensor) -> None:
+    gate = f"{storage}.gate"
+    hold = Happening(lambda: _wait_for(gate), "forward", 0, 4, f"{storage}.happened")
+    job = scene(storage, "job", hold, num_workers=Elastic(min=1, max=4))
+    for record in job.events():  # those that are ready wait a moment for those that start
+        if record["event"] == "phase" and record["phase"] == "pausing":
+            Path(gate).touch()
+    result = job.wait(LIMIT_S)
+    assert_nothing_lost(job, result, calm)
+    sizes = [len(record["workers"]) for record in records(job, "generation")]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 1
+
+
+@pytest.mark.parametrize(
+    ("workers", "found"), [(0, "from 1 to 4"), (5, "from 1 to 4"), (2, None)], ids=["none", "too many", "fits"]
+)
+def test_a_number_of_workers_that_a_run_cannot_have_is_refused(
+    workers: int, found: str | None, storage: str, calm: torch.Tensor
+) -> None:
+    job = scene(storage, "job")
+    if found is None:
+        job.resize(workers)
+    else:
+        with pytest.raises(ConfigError, match=found):
+            job.resize(workers)
+    job.wait(LIMIT_S)
+    with pytest.raises(RunFailed, match="over"):
+        job.resize(1)
+
+
+def test_failures_in_a_row_end_the_run(storage: str, calm: torch.Tensor) -> None:
+    class Always(Happening):
+        def __call__(self, where: str, step: int) -> None:
+            if where == "forward" and step == self.step:
+                raise ValueError(f"what the user wrote, time {time.monotonic()}")
+
+    job = scene(storage, "job", Always(fail, "forward", 0, 7, ""), faults=replace(PATIENT, retries=2))
+    with pytest.raises(RunFailed, match="Faults.retries"):
+        job.wait(LIMIT_S)
+    assert len(records(job, "generation")) == 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_kills_and_resizes(seed: int, storage: str, calm: torch.Tensor) -> None:
+    draw = random.Random(seed)
+
+    def kill(pids: dict[int, int]) -> None:
+        number = draw.choice([*pids])
+        with_pid = pids.pop(number)
+        try:
+            os.kill(with_pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    job = scene(storage, "job", slow(storage), num_workers=3, checkpoints=Checkpoints(every_steps=3))
+    acts: dict[int, Callable[[dict[int, int]], None]] = {}
+    for step in sorted(draw.sample(range(1, STEPS - 1), 4)):
+        if draw.random() < 0.6:
+            acts[step] = kill
+        else:
+            number = draw.randint(1, 4)
+            acts[step] = lambda pids, number=number: job.resize(number)  # type: ignore[misc]
+    Paced(job, acts)
+    assert_nothing_lost(job, job.wait(LIMIT_S), calm, redone=STEPS)
+
+
+def test_a_controller_that_dies_comes_back_and_its_workers_never_stop(storage: str, calm: torch.Tensor) -> None:
+    """The run is held at a step until the controller is back, and goes on in the same generation."""
+    gate = f"{storage}.gate"
+    job = scene(storage, "job", Happening(lambda: _wait_for(gate), "forward", 0, 8, f"{storage}.happened"))
+    first = int(job.status()["pid"])
+    _wait_for(f"{storage}.happened")
+    os.kill(first, signal.SIGKILL)
+    lives: list[dict[str, Any]] = []
+    while len(lives) < 2:
+        lives = records(job, "began")
+        time.sleep(0.05)
+    Path(gate).touch()
+    result = job.wait(LIMIT_S)
+    assert_nothing_lost(job, result, calm)
+    assert [record["how"] for record in lives] == ["begin", "adopt"]
+    assert result.receipt.generations == 1
+
+
+def test_a_controller_that_comes_back_replaces_who_died_meanwhile(storage: str, calm: torch.Tensor) -> None:
+    gate = f"{storage}.gate"
+    job = scene(storage, "job", Happening(lambda: _wait_for(gate), "forward", 0, 8, f"{storage}.happened"))
+    pids = {record["worker"]: record["pid"] for record in _until(job, "step")}
+    _wait_for(f"{storage}.happened")
+    os.kill(int(job.status()["pid"]), signal.SIGKILL)
+    os.kill(pids[1], signal.SIGKILL)
+    Path(gate).touch()
+    assert_nothing_lost(job, job.wait(LIMIT_S), calm)
+
+
+def _until(job: Job, event: str) -> list[dict[str, Any]]:
+    """Follow a job up to a record; return the records of its workers."""
+    found = []
+    for record in job.events():
+        if record["event"] == "worker":
+            found.append(record)
+        if record["event"] == event:
+            break
+    return found
