@@ -4,6 +4,7 @@
     lepton_ray status [NAME]         what the cluster runs, or how a job is doing
     lepton_ray stop NAME             stop a job at the next step boundary, with a checkpoint
     lepton_ray resize NAME WORKERS   let a job go on with another number of workers
+    lepton_ray drill                 let workers of a small job die, freeze, come and go, and show what became of it
     lepton_ray verify FOLDER         check the journal and the model of a run: was every sample used once?
 
 The cluster is the one that RAY_ADDRESS names ("auto": the one on this machine).
@@ -16,15 +17,16 @@ import json
 import os
 import sys
 
-from lepton_ray.errors import LeptonError
+from lepton_ray.errors import ConfigError, LeptonError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code."""
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("RAY_ADDRESS", "auto")
-    if os.path.exists(os.path.expanduser("~/.ray/auth_token")):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported, and does not look by itself
+    if options.run is not _verify:  # which needs no cluster
+        os.environ.setdefault("RAY_ADDRESS", "auto")
+        if os.path.exists(os.path.expanduser("~/.ray/auth_token")):
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when imported, and does not look by itself
     try:
         return int(options.run(options) or 0)
     except LeptonError as error:
@@ -53,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     resize.add_argument("name", help="of the job")
     resize.add_argument("workers", type=int, help="how many")
     resize.set_defaults(run=_resize)
+    drill = verbs.add_parser("drill", help="let things go wrong with a small job, and show what became of it")
+    drill.add_argument("--workers", type=int, default=2, help="of the job (default: %(default)s)")
+    drill.add_argument("--local", action="store_true", help="on a Ray of its own on this machine, not on the cluster")
+    drill.add_argument("--storage", default=None, help="folder for the runs (default: ~/lepton_ray/drill)")
+    drill.add_argument("--fault", action="append", default=None, help="only this one; may be given several times")
+    drill.set_defaults(run=_drill)
     verify = verbs.add_parser("verify", help="check the journal and the model of a run; needs no cluster")
     verify.add_argument("folder", help="of the run: a path, or a URL")
     verify.set_defaults(run=_verify)
@@ -94,6 +102,25 @@ def _resize(options: argparse.Namespace) -> None:
 
     attach(options.name).resize(options.workers)
     print(f"{options.name} goes on with {options.workers} workers as soon as they are there")
+
+
+def _drill(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lepton_ray.cluster.connect import connect
+    from lepton_ray.drill import FAULTS, drill, table
+
+    if options.local:
+        del os.environ["RAY_ADDRESS"]
+    unknown = sorted(set(options.fault or ()) - FAULTS.keys())
+    if unknown or options.workers < 2:
+        asked = f"--fault {unknown[0]!r}" if unknown else f"--workers {options.workers}"
+        raise ConfigError(f"{asked}: expected at least 2 workers, and faults among: {', '.join(FAULTS)}.")
+    connect(options.workers + 1)
+    storage = os.path.abspath(os.path.expanduser(options.storage or "~/lepton_ray/drill"))
+    outcomes = drill(options.workers, storage, options.fault or FAULTS, say=lambda line: print(line, file=sys.stderr))
+    Console(width=None if sys.stdout.isatty() else 130).print(table(outcomes))
+    return 0 if all(each.is_well for each in outcomes) else 1
 
 
 def _verify(options: argparse.Namespace) -> int:

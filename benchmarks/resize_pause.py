@@ -1,0 +1,58 @@
+"""Seconds without a step while a run is resized, live: 1 -> 2, 2 -> 4 and 4 -> 2 workers, 5 and 50 M parameters.
+
+    python benchmarks/resize_pause.py [--rounds 5] [--quick]
+
+SGD with momentum, so that a newcomer copies twice the weights. The newcomers start and build the model while the others
+train; what is measured is the longest time between two updates of the weights around the change of the generation, less
+the median time between two before it, that is, of a step.
+
+Expected before measuring: a pause is a ballot, a new group (20 to 50 ms), new buckets, and the copy, 40 or 400 MB at 2
+to 5 GB/s. Shrinking copies nothing. Targets: median <= 0.15 s with 5 M and <= 0.5 s with 50 M parameters. The peers'
+ways, measured elsewhere: Ray Train restarts all workers (15 s), torchft's rejoin takes 0.2 s.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from harness import arguments, report
+from launch import Running, running, scratch, script
+
+CHANGES = ("1 -> 2", "2 -> 4", "4 -> 2")
+SIZES = {"5M": 0.15, "50M": 0.5}
+
+
+def main() -> None:
+    asked = arguments(__doc__, quick="one round of 5 M parameters")
+    sizes = ["5M"] if asked.quick else list(SIZES)
+    found: dict[str, dict[str, list[float]]] = {size: {change: [] for change in CHANGES} for size in sizes}
+    with scratch() as folder:
+        for _ in range(1 if asked.quick else asked.rounds):
+            for size in sizes:
+                command = script("faulty_ours.py", "2", "4", "2")
+                with running(command, folder, steps=100_000, workers=1, model=size) as run:
+                    run.wait_for("ended", 1)
+                    for change, pause_s in zip(CHANGES, _pauses(run)):
+                        found[size][change].append(pause_s)
+    targets = {
+        f"{size} parameters, {change}: median <= {SIZES[size]} s": statistics.median(found[size][change])
+        for size in sizes
+        for change in CHANGES
+    }
+    measured = {f"pause, {size} parameters, s": found[size] for size in sizes}
+    report("resize_pause", "lepton_ray", measured, targets=targets)
+
+
+def _pauses(run: Running) -> list[float]:
+    """Return the pause at each generation after the first."""
+    times = [mark["t"] for mark in run.marks("stepped")]
+    pauses = []
+    for mark in run.marks("training")[1:]:
+        around = [t for t in times if mark["t"] - 2 < t < mark["t"] + 1]
+        gaps = [b - a for a, b in zip(around, around[1:])]
+        pauses.append(max(gaps) - statistics.median(gaps))
+    return pauses
+
+
+if __name__ == "__main__":
+    main()
