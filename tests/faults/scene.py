@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +95,14 @@ class _Backward(torch.autograd.Function):
 class Net(nn.Module):
     """BatchNorm, dropout, and a counter of steps in its state, so that any slip shows."""
 
-    def __init__(self, happening: Happening | None) -> None:
+    def __init__(self, happening: Happening | None, pace_s: float = 0.0) -> None:
+        """pace_s: of a forward, so that others have time to join."""
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(
             nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, CLASSES)
         ).double()
-        self.happening = happening
+        self.happening, self.pace_s = happening, pace_s
 
     def at(self, where: str) -> None:
         if self.happening is not None:
@@ -109,6 +111,7 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.at("forward" if self.training else "evaluate")
+        time.sleep(self.pace_s)
         y: torch.Tensor = self.layers(x)
         return _Backward.apply(y, lambda: self.at("backward")) if self.training else y
 
@@ -154,7 +157,7 @@ class Counting(Callback):
         self.epochs = list(state["epochs"])
 
 
-def scene(storage: str, name: str, happening: Happening | None = None, **options: Any) -> Job:
+def scene(storage: str, name: str, happening: Happening | None = None, *, pace_s: float = 0.0, **options: Any) -> Job:
     """Start the job. It validates and checkpoints in the middle of epochs as well."""
     settings: dict[str, Any] = {
         "num_workers": 2,
@@ -170,7 +173,7 @@ def scene(storage: str, name: str, happening: Happening | None = None, **options
         "seed": 3,
         "faults": PATIENT,
     }
-    return DistributedTrainer(Net(happening), (X, Y), (X[:20], Y[:20]), **(settings | options)).submit()
+    return DistributedTrainer(Net(happening, pace_s), (X, Y), (X[:20], Y[:20]), **(settings | options)).submit()
 
 
 def records(job: Job, event: str) -> list[dict[str, Any]]:

@@ -144,7 +144,7 @@ def test_newcomers_copy_the_state_of_a_sibling(storage: str, calm: torch.Tensor)
     """The run is held at a step until the newcomers are ready, so that they have steps to do."""
     gate = f"{storage}.gate"
     hold = Happening(lambda: _wait_for(gate), "forward", 0, 4, f"{storage}.happened")
-    job = scene(storage, "job", hold, num_workers=1)
+    job = scene(storage, "job", hold, num_workers=1, pace_s=0.03)
     for record in job.events():
         if record["event"] == "step" and record["step"] == 1:
             job.resize(3)
@@ -164,7 +164,7 @@ def _wait_for(path: str) -> None:
 def test_an_elastic_run_takes_what_there_is(storage: str, calm: torch.Tensor) -> None:
     gate = f"{storage}.gate"
     hold = Happening(lambda: _wait_for(gate), "forward", 0, 4, f"{storage}.happened")
-    job = scene(storage, "job", hold, num_workers=Elastic(min=1, max=4))
+    job = scene(storage, "job", hold, num_workers=Elastic(min=1, max=4), pace_s=0.03)
     for record in job.events():  # those that are ready wait a moment for those that start
         if record["event"] == "phase" and record["phase"] == "pausing":
             Path(gate).touch()

@@ -42,7 +42,9 @@ def save(folder, *steps, keep=10, metrics=(), **options):
     events = []
     saver = Checkpointer(folder, keep=keep, on_event=lambda kind, **fields: events.append((kind, fields)), **options)
     for i, step in enumerate(steps):
-        saver.save(step, tensors_of(step), {"loop": {"measured": {"loss": metrics[i]} if metrics else {}}})
+        saver.save(
+            step, tensors_of(step), {"step": step, "loop": {"measured": {"loss": metrics[i]} if metrics else {}}}
+        )
     saver.close()
     return events
 
