@@ -342,6 +342,14 @@ def test_who_finished_is_what_counts_when_the_others_see_rank_0_go():
     assert play.end.outcome is Outcome.FINISHED
 
 
+def test_rank_0_has_the_time_that_it_needs_to_write_the_model():
+    play = reach(Phase.TRAINING)
+    play.left(1, is_end=True)
+    assert play.wait(60) == []
+    play.left(0, is_end=True)
+    assert play.end.outcome is Outcome.FINISHED
+
+
 def test_the_model_is_written_by_another_when_rank_0_dies_at_the_end():
     play = reach(Phase.TRAINING)
     play.left(1, committed=9, is_end=True)
@@ -543,6 +551,7 @@ def test_the_place_of_what_is_lent_is_given_up_when_there_is_no_other():
     play.tell(Lost(0, "it died"), Lost(3, "it died"))
     play.echo(1, 2)
     assert [type(command) for command in play.wait(LIMITS.admit_s)] == [Release, Release]
+    assert play.wait(LIMITS.admit_s - 0.5) == []
     play.grant()
     play.ready()
     assert (play.form.settlement, play.form.sources) == (None, None)
@@ -603,6 +612,8 @@ def test_those_who_formed_leave_again_when_another_fails_to():
     assert play.tell(Formed(0, 1, 0)) == []
     play.tell(Left(0, 1, None, ECHO))
     assert play.form.generation == 2
+    play.tell(Formed(0, 2, 0))
+    assert play.tell(Left(0, 2, None, ECHO)) == [Abort(2, (1,))]
 
 
 def test_a_forming_that_takes_too_long_is_aborted_and_blames_only_those_who_stay_silent():
@@ -621,8 +632,11 @@ def test_who_paused_alone_does_not_wait_for_ever():
     assert play.form.members == (0,)
 
 
-def test_a_stop_has_a_time_limit():
+def test_a_stop_has_a_time_limit_and_asking_again_does_not_move_it():
     play = reach(Phase.STOPPING)
+    play.now_s += 1.0
+    assert play.tell(StopAsked("Ctrl-C again")) == []
+    play.now_s -= 1.0
     assert play.wait(STOP_GRACE_S - 0.5) == []
     assert play.wait(0.5) == [End(Outcome.CANCELLED, None, "Ctrl-C")]
 
@@ -772,6 +786,10 @@ def test_a_start_that_takes_too_long_names_those_who_are_missing():
     assert isinstance(end, End)
     assert end.failure is not None
     assert "workers [0, 1, 2, 3]" in end.failure.message  # not one has started: it will not get better
+    play = reach(Phase.TRAINING, target=1)
+    play.tell(Lost(0, "it died"))
+    play.grant()
+    assert [type(command) for command in play.wait(LIMITS.start_s)] == [Release, Ask]  # it did before
 
 
 def test_whom_the_others_blame_is_replaced_when_all_live_and_it_fails_again():
