@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RaySystemError
 
 from lepton_ray.cluster.connect import connect as connect
 from lepton_ray.cluster.connect import nodes
@@ -142,11 +142,11 @@ def start(
 
 
 def _ask_scheduler(method: str, limit_s: float, *args: Any) -> Any:
-    """Ask the scheduler; when it ends meanwhile (it was idle), ask the next one, once."""
+    """Ask the scheduler; when it ends meanwhile (it was idle), or the controller that it names, ask once more."""
     question = getattr(scheduler(), method).remote(*args)
     try:
         return answer(question, "the scheduler", limit_s)
-    except RayActorError:
+    except (RayActorError, RaySystemError):  # the second: the handle in the answer is of a class that Ray has dropped
         return answer(getattr(scheduler(), method).remote(*args), "the scheduler", limit_s)
     except BaseException:
         ray.cancel(question)

@@ -40,7 +40,10 @@ def started(ray_cluster: None) -> Iterator[list[Any]]:
 
 @pytest.fixture
 def actors(started: list[Any]) -> list[Any]:
-    return started[:WORLD]
+    """Return the members of a group, which wait and encrypt as they do at first, whatever a test before asked for."""
+    members = started[:WORLD]
+    everywhere(members, demand_tls, [], 60)
+    return members
 
 
 def everywhere(actors: list[Any], function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -381,7 +384,6 @@ def test_tensors_of_an_accelerator_go_by_what_torch_has_for_it(actors: list[Any]
     assert keys() != []  # torch's, for as long as the group lives
     everywhere(actors, leave, "device")
     assert keys() == []
-    everywhere(actors, demand_tls, [], 60)
 
 
 def demand_tls(rank: int, ranks: list[int], timeout_s: float) -> None:
@@ -402,21 +404,18 @@ def test_connections_are_encrypted_where_rank_0_says_so_and_nobody_who_wants_it_
 
     from lepton_ray.errors import ConfigError
 
-    try:
-        for ranks in ([0], [0, 1]):
-            everywhere(actors, demand_tls, ranks, 20)
-            everywhere(actors, join, WORLD, "sealed")
-            assert everywhere(actors, kinds_of_links, "sealed") == [{"SealedLink"}] * WORLD
-            assert everywhere(actors, sum_in, ["sealed"]) == [[3.0]] * WORLD
-            everywhere(actors, leave, "sealed")
-        everywhere(actors, demand_tls, [1], 1)
-        joining = [actor.call.remote(join, rank, WORLD, "half sealed") for rank, actor in enumerate(actors)]
-        with pytest.raises(ConfigError, match="asks for TLS, and rank 0 does not"):
-            ray.get(joining[1], timeout=20)
-        ray.wait(joining, num_returns=2, timeout=20)
-        assert keys() == []
-    finally:
-        everywhere(actors, demand_tls, [], 60)
+    for ranks in ([0], [0, 1]):
+        everywhere(actors, demand_tls, ranks, 20)
+        everywhere(actors, join, WORLD, "sealed")
+        assert everywhere(actors, kinds_of_links, "sealed") == [{"SealedLink"}] * WORLD
+        assert everywhere(actors, sum_in, ["sealed"]) == [[3.0]] * WORLD
+        everywhere(actors, leave, "sealed")
+    everywhere(actors, demand_tls, [1], 1)
+    joining = [actor.call.remote(join, rank, WORLD, "half sealed") for rank, actor in enumerate(actors)]
+    with pytest.raises(ConfigError, match="asks for TLS, and rank 0 does not"):
+        ray.get(joining[1], timeout=20)
+    ray.wait(joining, num_returns=2, timeout=20)
+    assert keys() == []
 
 
 def test_a_rank_that_never_comes_is_named(actors: list[Any]) -> None:
