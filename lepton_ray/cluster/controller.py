@@ -268,6 +268,7 @@ class Controller:
 
     async def report(self, worker: int, records: list[dict[str, Any]]) -> None:
         """Take records from a worker. One that was given up does not count any more."""
+        await self._began.wait()  # a controller that comes back does not know yet who has a part in the run
         run = self._run
         if run is None or not is_there(run, worker):
             return
@@ -281,6 +282,7 @@ class Controller:
 
     async def recorded(self, worker: int, step: int) -> None:
         """Return when the journal holds, durably, what was done before `step`. Raises for a worker that is out."""
+        await self._began.wait()
         if self._run is None or not is_there(self._run, worker):
             raise ConfigError(f"worker {worker} has no part in the run any more; it must not write for it.")
         await self._ledger.reach(step)

@@ -66,7 +66,9 @@ class Reporter:
                 return True
             try:
                 ray.get(self._controller.report.remote(self._worker, batch), timeout=CALL_TIMEOUT_S)
-            except (ActorUnavailableError, GetTimeoutError):
+            except BaseException as error:
                 self._records.extendleft(reversed(batch))
+                if not isinstance(error, (ActorUnavailableError, GetTimeoutError)):
+                    raise
                 return False
             return True

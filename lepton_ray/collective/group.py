@@ -28,6 +28,7 @@ from lepton_ray.collective.calls import (
     Reduction,
     check_rows,
 )
+from lepton_ray.collective.holdings import HEAP
 from lepton_ray.collective.layout import cut
 from lepton_ray.collective.measure import measure
 from lepton_ray.collective.memory import copy
@@ -130,7 +131,7 @@ class Group(Ring):
         dtype = np.dtype(dtype)
         if self._memory is None:
             return np.empty(shape, dtype)
-        return self._memory.holdings.empty(prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        return HEAP.empty(prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
     def allreduce(
         self, array: Array, op: Reduction = SUM, wire: str = Wire.FP32.value, feedback: Feedback | None = None

@@ -1,6 +1,6 @@
-"""The arrays that a rank makes in shared memory, and its views of those that its peers made.
+"""The arrays that a process makes in shared memory, and its views of those that its peers made.
 
-Whoever holds an array keeps its memory, also when the group is gone. Peers find an array by the inode and descriptor of
+Whoever holds an array keeps its memory, whatever groups come and go. Peers find an array by the inode and descriptor of
 its segment, which travel in the first round of an operation; they map a segment once, and let go of those of a rank as
 soon as it has freed one.
 """
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -36,21 +36,16 @@ class Place(NamedTuple):
     """How many segments the rank has freed so far."""
 
 
-class Holdings:
-    """Shared arrays of one rank, and of its peers as far as it has seen them."""
+class Heap:
+    """The arrays that this process shares, whatever groups it is in; one array serves one group after the other."""
 
-    def __init__(self, pids: Sequence[int], names: Sequence[int]) -> None:
-        """pids: of the ranks. names: what errors call them."""
-        self._pids, self._names = pids, names
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._own: list[tuple[int, ...]] = []
-        """Begin, end, inode and descriptor of the segments, sorted; replaced, never changed."""
+        self._segments: list[tuple[int, ...]] = []
+        """Begin, end, inode and descriptor of each, sorted; replaced, never changed."""
         self._dead: deque[int] = deque()
         """Beginnings of those that nobody holds any more. The collector of garbage may add to it at any moment."""
         self._freed = 0
-        self._is_released = False
-        self._foreign: list[dict[int, Segment]] = [{} for _ in pids]
-        self._foreign_freed = [0] * len(pids)
 
     def empty(self, size_bytes: int) -> NDArray[np.uint8]:
         """Make shared memory, zeros at first."""
@@ -58,12 +53,8 @@ class Holdings:
         begin, end = segment.address, segment.address + segment.data.nbytes
         self._bury()
         with self._lock:
-            if self._is_released:
-                os.close(segment.descriptor)
-            else:
-                self._own = sorted([*self._own, (begin, end, segment.inode, segment.descriptor)])
-                # The map dies with the last array over it.
-                weakref.finalize(segment.map, self._dead.append, begin).atexit = False
+            self._segments = sorted([*self._segments, (begin, end, segment.inode, segment.descriptor)])
+        segment.map.at_end = partial(self._drop, begin, segment.descriptor)
         return segment.data[:size_bytes]
 
     def find(self, array: Array) -> Place:
@@ -71,13 +62,38 @@ class Holdings:
         if self._dead:
             self._bury()
         address = address_of(array)
-        own = self._own
-        at = bisect_right(own, (address, _BEYOND)) - 1
+        segments = self._segments
+        at = bisect_right(segments, (address, _BEYOND)) - 1
         if at >= 0:
-            begin, end, inode, descriptor = own[at]
+            begin, end, inode, descriptor = segments[at]
             if address + array.nbytes <= end:
                 return Place(address, inode, descriptor, address - begin, self._freed)
         return Place(address, freed=self._freed)
+
+    def _drop(self, begin: int, descriptor: int) -> None:
+        self._dead.append(begin)
+        os.close(descriptor)
+
+    def _bury(self) -> None:
+        """Forget the segments that nobody holds any more."""
+        with self._lock:
+            while self._dead:
+                begin = self._dead.popleft()
+                self._segments = [each for each in self._segments if each[0] != begin]
+                self._freed += 1
+
+
+HEAP = Heap()
+
+
+class Holdings:
+    """The shared arrays of a rank's peers, as far as it has seen them."""
+
+    def __init__(self, pids: Sequence[int], names: Sequence[int]) -> None:
+        """pids: of the ranks. names: what errors call them."""
+        self._pids, self._names = pids, names
+        self._foreign: list[dict[int, Segment]] = [{} for _ in pids]
+        self._foreign_freed = [0] * len(pids)
 
     def address(self, rank: int, place: Place) -> int:
         """Return where this process sees a peer's array in shared memory. Raises PeerLost."""
@@ -111,22 +127,5 @@ class Holdings:
         return seen[place.inode]
 
     def release(self) -> None:
-        """Let peers find nothing any more, and let go of what is theirs."""
-        with self._lock:
-            self._is_released = True
-            for *_, descriptor in self._own:
-                os.close(descriptor)
-            self._own = []
+        """Let go of what is theirs."""
         self._foreign = [{} for _ in self._pids]
-
-    def _bury(self) -> None:
-        """Forget the segments that nobody holds any more."""
-        with self._lock:
-            while self._dead:
-                begin = self._dead.popleft()
-                for entry in self._own:
-                    if entry[0] == begin:
-                        os.close(entry[3])
-                        self._own = [each for each in self._own if each is not entry]
-                        self._freed += 1
-                        break

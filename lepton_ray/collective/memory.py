@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,17 @@ def copy(source: NDArray[Any], target: NDArray[Any]) -> None:
         target.view(np.uint8)[:] = source.view(np.uint8)
 
 
+class _Map(mmap.mmap):
+    """Mapped memory, which dies with the last array over it."""
+
+    at_end: Callable[[], None] | None = None
+    """Called before the memory is given back: something else may lie there right after."""
+
+    def __del__(self) -> None:
+        if self.at_end is not None:
+            self.at_end()
+
+
 class Segment:
     """A piece of memory that this process shares. Lives as long as somebody holds its `data`, or a view of it.
 
@@ -133,7 +145,7 @@ class Segment:
     __slots__ = ("__weakref__", "address", "data", "descriptor", "inode", "map")
 
     def __init__(self, descriptor: int, size_bytes: int) -> None:
-        self.map = mmap.mmap(descriptor, size_bytes)
+        self.map = _Map(descriptor, size_bytes)
         self.descriptor, self.inode = descriptor, os.fstat(descriptor).st_ino
         self.data: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
         self.address = address_of(self.data)

@@ -22,7 +22,7 @@ import numpy as np
 
 from lepton_ray.collective.board import WORDS_BYTES, Board
 from lepton_ray.collective.calls import HEADER, SUM, Array, Reduction, mismatch
-from lepton_ray.collective.holdings import Holdings, Place
+from lepton_ray.collective.holdings import HEAP, Holdings, Place
 from lepton_ray.collective.kernel import sum_into_all
 from lepton_ray.collective.layout import Way, blocks, choose, cut, even_parts, turns, whole_part
 from lepton_ray.collective.memory import Segment, address_of, copy
@@ -96,7 +96,7 @@ class SharedMemory:
         self._scratch = np.empty(_BLOCK_BYTES, np.uint8)
 
     def release(self) -> None:
-        """Let go of all memory of the group but of the arrays that somebody holds."""
+        """Let go of all memory of the group, and of the arrays of the peers."""
         self.board.release()
         self.holdings.release()
         self._notes, self._headers, self._slots, self._typed_slots = [], [], [], {}
@@ -227,7 +227,7 @@ class SharedMemory:
         if size_bytes <= SMALL_BYTES:
             return _Begun(Way.COPY, self._show(header, array), [])
         parity = self.board.round + 1 & 1
-        place = self.holdings.find(array)
+        place = HEAP.find(array)
         if size_bytes <= COPY_BYTES and not place.inode:
             self._copy_in(array)
         _NOTE.pack_into(self._notes[parity][self._rank], 0, header, *place)
@@ -262,7 +262,7 @@ class SharedMemory:
             self._meet_for(header)
             return _Begun(Way.COPY, [slot[at : at + own.nbytes].view(own.dtype) for slot in slots], [])
         for rank, part in enumerate(parts):
-            _PLACE.pack_into(slots[self._rank], rank * _PLACE.size, *self.holdings.find(part))
+            _PLACE.pack_into(slots[self._rank], rank * _PLACE.size, *HEAP.find(part))
         self._meet_for(header)
         shown = [[Place(*_PLACE.unpack_from(slot, rank * _PLACE.size)) for slot in slots] for rank in self._all]
         are_shared = [place.inode != 0 for part, places in zip(parts, shown) if part.size for place in places]

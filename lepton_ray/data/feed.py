@@ -74,21 +74,25 @@ class Feed:
         self._offsets = bounds(batch_samples, microbatches)
         self._order_epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self._step = -1
+        """The step that was asked for last; where it is, and its microbatches."""
+        self._at = Cursor(epoch=0, start=0, stop=0, is_epoch_end=False)
+        self._parts: list[range] = []
 
     def seek(self, step: int) -> None:
         """Do nothing: any step is as near as any other."""
 
     def plan(self, step: int) -> StepPlan:
         """Return what step `step` (0-based, over all epochs) trains on."""
-        at = cursor(step, len(self.source), self._batch_samples)
-        return _step_plan(at, cut(at.start, at.stop, self._offsets))
+        self._find(step)
+        return _step_plan(self._at, self._parts)
 
     def indices(self, step: int, m: int) -> NDArray[np.int64]:
         """Return the sample ids of microbatch `m`."""
-        at = cursor(step, len(self.source), self._batch_samples)
-        part = cut(at.start, at.stop, self._offsets)[m]
-        if at.epoch != self._order_epoch:
-            self._order, self._order_epoch = order(self._seed, at.epoch, len(self.source)), at.epoch
+        self._find(step)
+        part, epoch = self._parts[m], self._at.epoch
+        if epoch != self._order_epoch:
+            self._order, self._order_epoch = order(self._seed, epoch, len(self.source)), epoch
         return self._order[part.start : part.stop]
 
     def fetch(self, step: int, m: int) -> Batch:
@@ -96,6 +100,12 @@ class Feed:
         indices = self.indices(step, m)
         self.fetched.note(m, indices)
         return self.source.fetch(indices)
+
+    def _find(self, step: int) -> None:
+        if step != self._step:
+            self._at = cursor(step, len(self.source), self._batch_samples)
+            self._parts = cut(self._at.start, self._at.stop, self._offsets)
+            self._step = step
 
 
 class StreamFeed:

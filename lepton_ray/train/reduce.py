@@ -9,6 +9,7 @@ on the caller's.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -113,8 +114,9 @@ class Reducer:
 
     def scale(self, factor: float) -> None:
         """Multiply all gradients."""
-        for bucket in self.buckets:
-            bucket.mul_(factor)
+        if factor != 1.0:
+            for bucket in self.buckets:
+                bucket.mul_(factor)
 
     def norm(self) -> float:
         """Return the L2 norm of all gradients, inf or nan when one of them is."""
@@ -191,8 +193,9 @@ def over_wire(peers: Peers, wire: str) -> AllReduce | None:
 
 def sum_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the sum of all elements, the cheapest number that tells whether all are finite; waits for no device."""
-    sums = (tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
-    return sum((each.abs().double() for each in sums), torch.zeros((), dtype=torch.float64))
+    sums = [tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    absolute = [each.abs().double() for each in sums] or [torch.zeros((), dtype=torch.float64)]
+    return functools.reduce(torch.add, absolute)
 
 
 def _groups(parameters: list[nn.Parameter]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 
 from lepton_ray import ConfigError, DistributedTrainer, Job, RunFailed
 from lepton_ray.cluster import connect
+from lepton_ray.cluster.controller import Controller
 from lepton_ray.cluster.names import answer
 from lepton_ray.cluster.scheduler import scheduler
 from lepton_ray.cluster.worker import _check_folder
@@ -115,6 +117,19 @@ def test_interrupted_warm_leaves_the_queue_and_frees_what_it_had(ray_cluster: No
         process.wait(60)
     until(lambda: not any(job.startswith("warm-") for job in overview()["jobs"]), "it to be withdrawn")
     ray.util.remove_placement_group(in_use)
+
+
+def test_records_wait_for_a_controller_that_comes_back() -> None:
+    """It must not take, and then drop, what the workers report while it does not know them yet."""
+
+    async def ask_too_early() -> list[bool]:
+        controller = Controller(None, lambda is_reusable: None, lambda order: None)
+        asked = [controller.report(0, [{"event": "step", "step": 0, "generation": 1}]), controller.recorded(0, 1)]
+        tasks = [asyncio.ensure_future(question) for question in asked]
+        await asyncio.wait(tasks, timeout=0.1)
+        return [task.done() for task in tasks]
+
+    assert asyncio.run(ask_too_early()) == [False, False]
 
 
 def test_stream_is_refused_where_workers_leave_no_cpu_to_read_it(ray_cluster: None, storage: str) -> None:

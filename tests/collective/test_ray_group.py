@@ -188,13 +188,14 @@ def check_memory_of_the_group(rank: int, group: str) -> None:
     import torch
 
     from lepton_ray.collective import empty, ray_group
+    from lepton_ray.collective.holdings import HEAP
 
     formed = ray_group._forming_or_formed[group].formed
     assert formed.transport == "shared memory"
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64):
         tensor = empty(group, 70_000, dtype)
         tensor.copy_(torch.arange(70_000) % 50 + rank)
-        assert formed._shared.holdings.find(tensor.view(torch.uint8).numpy()).inode
+        assert HEAP.find(tensor.view(torch.uint8).numpy()).inode
         collective.allreduce(tensor[5:], group_name=group)
         assert tensor[5:].equal((torch.arange(5, 70_000) % 50 * 2 + 1).to(dtype))
         assert tensor[:5].tolist() == [rank + i for i in range(5)]

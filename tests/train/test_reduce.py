@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lepton_ray.collective.holdings import HEAP
 from lepton_ray.errors import PeerLost
 from lepton_ray.train import reduce
 from lepton_ray.train.peers import Peers
@@ -112,8 +113,7 @@ def test_buckets_lie_in_the_memory_of_the_group(together: Together) -> None:
         model = Mixed()
         reducer = Reducer(dict(model.named_parameters()), peers.allreduce, peers.empty)
         run_step(reducer, model, [peers.rank])
-        holdings = peers._group._shared.holdings
-        found = [holdings.find(p.grad.view(-1).numpy()).inode for p in model.parameters()]
+        found = [HEAP.find(p.grad.view(-1).numpy()).inode for p in model.parameters()]
         reducer.close()
         return found
 
