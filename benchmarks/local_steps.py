@@ -306,9 +306,6 @@ def with_ours(
         def broadcast(self, tensor: torch.Tensor) -> None:
             self._ring.broadcast(tensor.detach().view(-1).numpy())
 
-        def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(count, dtype=dtype)
-
     train, test = text()
     wire = Wire()
     with tempfile.TemporaryDirectory() as folder:

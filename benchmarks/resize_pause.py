@@ -3,8 +3,8 @@
     python benchmarks/resize_pause.py [--rounds 5] [--quick]
 
 SGD with momentum, so that a newcomer copies twice the weights. The newcomers start and build the model while the others
-train; what is measured is the longest time between two updates of the weights around the change of the generation, less
-the median time between two before it, that is, of a step.
+train; what is measured is the longest time between two updates of the weights around the change of the generation, in
+a worker that stays, less the median time between two since the change before, that is, of a step.
 
 Expected before measuring: a pause is a ballot, a new group (20 to 50 ms), new buckets, and the copy, 40 or 400 MB at 2
 to 5 GB/s. Shrinking copies nothing. Targets: median <= 0.15 s with 5 M and <= 0.5 s with 50 M parameters. The peers'
@@ -14,6 +14,7 @@ ways, measured elsewhere: Ray Train restarts all workers (15 s), torchft's rejoi
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 
 from harness import arguments, report
 from launch import Running, running, scratch, script
@@ -44,14 +45,23 @@ def main() -> None:
 
 
 def _pauses(run: Running) -> list[float]:
-    """Return the pause at each generation after the first."""
-    times = [mark["t"] for mark in run.marks("stepped")]
+    """Return the pause at each generation after the first, as the worker that goes through all of them sees it."""
+    marks = run.marks("stepped")
+    stayed, _ = Counter(mark["pid"] for mark in marks).most_common(1)[0]
+    times = [mark["t"] for mark in marks if mark["pid"] == stayed]
+    gaps = list(zip(times, times[1:]))
+    began = [mark["t"] for mark in run.marks("training")]
     pauses = []
-    for mark in run.marks("training")[1:]:
-        around = [t for t in times if mark["t"] - 2 < t < mark["t"] + 1]
-        gaps = [b - a for a, b in zip(around, around[1:])]
-        pauses.append(max(gaps) - statistics.median(gaps))
+    for earlier_s, change_s in zip(began, began[1:]):
+        across = max((gap for gap in gaps if gap[0] < change_s + 0.5 and gap[1] > change_s - 0.5), key=_length)
+        before = [gap for gap in gaps if earlier_s < gap[0] and gap[1] <= across[0]]
+        step_s = statistics.median(map(_length, before)) if before else 0.0
+        pauses.append(_length(across) - step_s)
     return pauses
+
+
+def _length(gap: tuple[float, float]) -> float:
+    return gap[1] - gap[0]
 
 
 if __name__ == "__main__":

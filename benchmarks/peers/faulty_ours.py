@@ -35,11 +35,11 @@ if __name__ == "__main__":
         if record["event"] == "phase" and record["phase"] == "training":
             run.mark("training", generation=record["generation"])
             if wanted:
-                time.sleep(3)  # so that it trains for a while
+                time.sleep(5)  # so that it trains for a while
                 run.mark("resize", workers=wanted[0])
                 job.resize(wanted[0])
             elif sys.argv[1:]:
-                time.sleep(3)
+                time.sleep(5)
                 job.cancel()
         if record["event"] == "ended":
             run.mark("ended")

@@ -24,7 +24,7 @@ class Rank:
         collective.init_collective_group(run.workers, rank, "GLOO", "default")
         collective.init_collective_group(run.workers, rank, "LEPTON", OURS)
         memory = {
-            "registered": (OURS, [empty(OURS, largest, torch.float32).zero_() for _ in range(2)]),
+            "registered": (OURS, [empty(largest, torch.float32).zero_() for _ in range(2)]),
             "Ray GLOO": ("default", [torch.zeros(largest) for _ in range(2)]),
         }
 

@@ -32,9 +32,6 @@ class RayPeers:
         if self.world > 1:
             collective.broadcast(tensor, src_rank=0, group_name=self._group)
 
-    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        return ray_group.empty(self._group, count, dtype) if self.world > 1 else torch.empty(count, dtype=dtype)
-
     def explain(self, size_bytes: int) -> str:
         return ray_group.explain(self._group, size_bytes) if self.world > 1 else "there is one worker"
 

@@ -34,6 +34,7 @@ from ray.util.collective.types import ReduceOp
 from lepton_ray.collective.accelerator import Accelerator, KeyStore, backend_for
 from lepton_ray.collective.calls import MAX, MIN, PRODUCT, SUM, Array, Reduction
 from lepton_ray.collective.group import Group
+from lepton_ray.collective.tensors import empty as empty
 from lepton_ray.collective.tensors import flat, reduction_of
 from lepton_ray.collective.tls import make_identity
 from lepton_ray.collective.wire import Feedback
@@ -76,14 +77,6 @@ def abort(group_name: str, reason: str = "aborted") -> bool:
     if group is not None:
         group.abort(reason)
     return group is not None
-
-
-def empty(group_name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Make a 1-D CPU tensor of undefined values in the memory of a group of this process; see `Group.empty`.
-
-    Tensors in it are reduced in place, without a copy, where all ranks' tensors of the call are.
-    """
-    return _forming_or_formed[group_name].empty(count, dtype)
 
 
 def allreduce(group_name: str, tensor: Tensor, wire: str = Wire.FP32.value, feedback: Feedback | None = None) -> None:
@@ -209,11 +202,6 @@ class LeptonGroup(BaseGroup):
         self._aborted = reason
         if self._group is not None:
             self._group.abort(reason)
-
-    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """Make a 1-D CPU tensor in the group's memory."""
-        memory = self.formed.empty(count * dtype.itemsize, np.uint8)
-        return torch.from_numpy(memory).view(dtype)
 
     def destroy_group(self) -> None:
         for accelerator in filter(None, self._accelerators.values()):

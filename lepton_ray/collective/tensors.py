@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from lepton_ray.collective.calls import BAND, BOR, BXOR, MAX, MIN, PRODUCT, SUM, Array, Reduction
+from lepton_ray.collective.holdings import HEAP
+from lepton_ray.collective.memory import missing
 from lepton_ray.errors import ConfigError
 
 # numpy has no bfloat16. As an opaque two-byte type it passes through a group, which never looks inside.
@@ -20,6 +22,18 @@ _TINY_FLOATS = {
     if isinstance(each, torch.dtype) and each.is_floating_point and each.itemsize == 1
 }
 _OPAQUE = {torch.bfloat16, *_TINY_FLOATS}
+
+
+def empty(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Make a 1-D CPU tensor of undefined values where any group of this process is fastest.
+
+    It lies in memory that processes of a machine can share, if there is such. Tensors in it are reduced in place,
+    without a copy, where all ranks' tensors of the call are. When a group has failed, a rank that does not know it yet
+    may still write into them: make new ones for the next group then.
+    """
+    if missing() is not None:
+        return torch.empty(count, dtype=dtype)
+    return torch.from_numpy(HEAP.empty(count * dtype.itemsize)).view(dtype)
 
 
 def flat(tensor: torch.Tensor, *, is_written: bool = True) -> tuple[Array, Callable[[], object]]:

@@ -33,7 +33,7 @@ class SharedOptimizer:
         self.optimizer = optimizer
         allreduce = peers.allreduce if peers.world > 1 else None
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._reducer = Reducer({str(i): p for i, p in enumerate(parameters)}, over_wire(peers, wire), peers.empty)
+        self._reducer = Reducer({str(i): p for i, p in enumerate(parameters)}, over_wire(peers, wire))
         self._allreduce = allreduce
         self.share = 1.0
         """What the gradients of this worker are multiplied by before they are summed."""

@@ -55,6 +55,8 @@ class Task:
                 seed=spec.seed,
             )
         self.parts = make_parts(spec, feed, device, self._notes.append)
+        self._is_clean = True
+        """The last generation, if there was one, did not break."""
         self.loop: Loop | None = None
         if feed is not None:
             self.loop = Loop(
@@ -95,14 +97,15 @@ class Task:
     def borrow(self, peers: Peers) -> None:
         """Take over the state that rank 0 of a group gives."""
         assert self.loop is not None
-        self.loop.copy_in(*take(peers))
+        self.loop.copy_in(*take(peers, self.loop.room()))
 
     def join(self, peers: Peers, generation: int, *, is_fresh: bool = True, since_step: int = 0) -> None:
         """Take a place in a generation; see `Loop.join`."""
         if self._spec.sync.is_local:
             peers = Background(peers)
         self._peers = peers
-        self.parts.bind(peers)
+        self.parts.bind(peers, is_clean=self._is_clean)
+        self._is_clean = False
         if self._spec.sync.wire != "fp32":
             sizes = [p.numel() * p.itemsize for p in self.parts.model.parameters().values()]
             self._notes.append(f"gradients travel as {self._spec.sync.wire}; {peers.explain(sum(sizes))}")
@@ -115,7 +118,9 @@ class Task:
     def run(self) -> tuple[bool, list[Any]]:
         """Do the work. Returns whether it is over, not paused, and the numbered blocks of a prediction."""
         if self.loop is not None:
-            return self.loop.run(), []
+            is_over = self.loop.run()
+            self._is_clean = True
+            return is_over, []
         self._load()
         assert self._source is not None
         if self._spec.mode == "predict":

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lepton_ray.collective.tensors import empty
 from lepton_ray.config import Sync
 from lepton_ray.data.feed import StepPlan
 from lepton_ray.errors import ConfigError
@@ -105,7 +106,7 @@ class LocalStepper:
         return _Fragment(
             members=members,
             shared=nn.Parameter(torch.empty(count, dtype=dtype)),
-            progress=self._peers.empty(count, dtype),
+            progress=empty(count, dtype),
             residual=None if self._wire == "fp32" else torch.zeros(count, dtype=dtype),
         )
 

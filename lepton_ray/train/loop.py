@@ -161,6 +161,11 @@ class Loop:
         beside = {"callbacks": list(outbox.memory()), "tail": outbox.tail(self._since_step)}
         return tensors, {**state, "loop": self.state.plain(), **beside}
 
+    def room(self) -> dict[str, torch.Tensor]:
+        """Return the live tensors of the model, for another worker's to be written into: ours are worth nothing."""
+        self._is_spoiled = True
+        return self._parts.model.state()
+
     def copy_in(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         """Take over the state of another worker."""
         self._is_spoiled = True

@@ -26,6 +26,7 @@ from lepton_ray.train.objective import Objective, StepFn, make_objective
 from lepton_ray.train.optimizers import Optimizers, Schedulers, make_optimizer, make_scheduler
 from lepton_ray.train.peers import Alone, Background, Peers
 from lepton_ray.train.precision import Scaler
+from lepton_ray.train.reduce import Buckets
 from lepton_ray.train.spec import Code, TrainSpec
 from lepton_ray.train.step import Stepper
 
@@ -55,13 +56,21 @@ class Parts:
     """How evaluations and predictions go."""
     _first: dict[str, Any] = field(init=False)
     """State of optimizers and schedulers before the first step."""
+    _buckets: Buckets | None = field(init=False)
+    """Made ahead of the first generation, and kept while generations end well."""
 
     def __post_init__(self) -> None:
         named = {name: optimizer.state_dict() for name, optimizer in self.optimizers.named.items()}
         self._first = copy.deepcopy({"optimizers": named, "schedulers": self.schedulers.state_dict()})
+        is_known = self.feed is not None and self.step_fn is None
+        self._buckets = Buckets(self.model.parameters().values()) if is_known else None
 
-    def bind(self, peers: Peers) -> None:
-        """Make the stepper of a generation: gradients lie in the memory of its group. That of an earlier one ends."""
+    def bind(self, peers: Peers, *, is_clean: bool = True) -> None:
+        """Make the stepper of a generation; that of an earlier one ends.
+
+        is_clean: all of its workers left the earlier one after the same transaction. Otherwise one that was given up
+        may still write into the gradients.
+        """
         spec, scaler = self.spec, None
         if hasattr(self, "stepper"):
             scaler = self.stepper.scaler
@@ -82,11 +91,14 @@ class Parts:
                 step_fn=self.step_fn, optimizers=optimizers.named, shape=optimizers.shape, **common
             )
         else:
+            if self._buckets is None or not is_clean:
+                self._buckets = Buckets(self.model.parameters().values())
             self.stepper = Stepper(
                 objective=_train_objective(self.step_fn, self.judge, optimizers),
                 optimizers=optimizers.named,
                 precision=spec.precision,
                 clip_norm=spec.batch.clip_norm,
+                buckets=self._buckets,
                 **common,
             )
             if scaler is not None:
@@ -174,7 +186,8 @@ def load_weights(model: Model, tensors: Mapping[str, torch.Tensor]) -> None:
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            if tensor.data_ptr() != tensors[name].data_ptr():
+                tensor.copy_(tensors[name])
 
 
 def make_parts(

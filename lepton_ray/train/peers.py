@@ -27,9 +27,6 @@ class Peers(Protocol):
     def explain(self, size_bytes: int) -> str:
         """Say how so many bytes are summed, and why."""
 
-    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """Make a 1-D CPU tensor of undefined values where `allreduce` is fastest. It serves this group only."""
-
 
 class Alone:
     """A group of one."""
@@ -45,10 +42,6 @@ class Alone:
 
     def explain(self, size_bytes: int) -> str:
         return "there is one worker"
-
-    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """Make ordinary memory."""
-        return torch.empty(count, dtype=dtype)
 
 
 class Background:
@@ -72,9 +65,6 @@ class Background:
 
     def explain(self, size_bytes: int) -> str:
         return self._peers.explain(size_bytes)
-
-    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        return self._peers.empty(count, dtype)
 
     def start(self, tensor: torch.Tensor, wire: str, residual: torch.Tensor | None) -> None:
         """Begin what `allreduce` does; until `join` has returned, nobody may touch the tensors."""

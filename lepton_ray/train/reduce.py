@@ -1,7 +1,7 @@
 """Sum gradients over the workers, bucket by bucket, while backward is still running.
 
 Every trainable parameter gets a `.grad` that is a view into a flat bucket from the start, so backward writes straight
-into what the collective sends, which lies in the memory of the group where it has one: nothing is copied. Buckets fill
+into what the collective sends, which lies in memory that the workers of a node share: nothing is copied. Buckets fill
 in reverse order of the parameters, which is about the order in which backward finishes them, and go out in that order
 on every worker. All but the last one travel on a thread of their own; the last has nothing left to hide behind and goes
 on the caller's.
@@ -18,14 +18,12 @@ from queue import SimpleQueue
 import torch
 from torch import nn
 
+from lepton_ray.collective.tensors import empty
 from lepton_ray.errors import ConfigError
 from lepton_ray.train.peers import Peers
 
 AllReduce = Callable[[torch.Tensor], None]
 """Sum a contiguous 1-D tensor over all workers, in place."""
-
-Empty = Callable[[int, torch.dtype], torch.Tensor]
-"""Make a 1-D CPU tensor of so many elements, of undefined values, where the collective is fastest."""
 
 BUCKET_BYTES = 25 << 20
 """As torch's DDP: large enough for bandwidth, small enough to overlap."""
@@ -33,25 +31,48 @@ FIRST_BUCKET_BYTES = 1 << 20
 """The first one is small, so that the network starts early."""
 
 
+class Buckets:
+    """Where the gradients of one copy of the model lie; it can serve one group after another."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.flat: list[torch.Tensor] = []
+        self.bucket_of: list[int] = [0] * len(self.parameters)
+        """Of each parameter."""
+        self.views: list[torch.Tensor] = list(self.parameters)
+        """The place of each parameter's gradient."""
+        for members in _groups(self.parameters):
+            self._add(members)
+
+    def _add(self, members: list[int]) -> None:
+        first = self.parameters[members[0]]
+        sizes = [self.parameters[i].numel() for i in members]
+        if first.device.type == "cpu":
+            bucket = empty(sum(sizes), first.dtype).zero_()
+        else:
+            bucket = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        for i, part in zip(members, bucket.split(sizes)):
+            self.bucket_of[i] = len(self.flat)
+            self.views[i] = part.view(self.parameters[i].shape)
+        self.flat.append(bucket)
+
+
 class Reducer:
-    """The gradients of one copy of the model.
+    """Sums the gradients of one copy of the model over one group.
 
     Call order per step: `begin`, one backward per owned microbatch with `arm` before the last, `finish`; then the
     gradients hold the sum over all workers.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], allreduce: AllReduce | None, empty: Empty | None = None
+        self, parameters: Mapping[str, nn.Parameter], allreduce: AllReduce | None, buckets: Buckets | None = None
     ) -> None:
-        """allreduce: None when this is the only worker. empty: of the same group; None for ordinary memory."""
+        """allreduce: None when this is the only worker. buckets: of these parameters; None makes them."""
         self._names = list(parameters)
-        self._parameters = list(parameters.values())
-        self._allreduce, self._empty = allreduce, empty
-        self.buckets: list[torch.Tensor] = []
-        self._bucket_of: list[int] = [0] * len(self._parameters)
-        self._views: list[torch.Tensor] = list(self._parameters)
-        for members in _groups(self._parameters):
-            self._add_bucket(members)
+        self._allreduce = allreduce
+        buckets = buckets or Buckets(parameters.values())
+        self._parameters, self._views, self._bucket_of = buckets.parameters, buckets.views, buckets.bucket_of
+        self.buckets = buckets.flat
         self._members = [self._bucket_of.count(b) for b in range(len(self.buckets))]
         self._armed = False
         self._touched: set[int] = set()
@@ -135,18 +156,6 @@ class Reducer:
             hook.remove()
         if self._sender:
             self._sender.close()
-
-    def _add_bucket(self, members: list[int]) -> None:
-        first = self._parameters[members[0]]
-        sizes = [self._parameters[i].numel() for i in members]
-        if self._empty is not None and first.device.type == "cpu":
-            bucket = self._empty(sum(sizes), first.dtype).zero_()
-        else:
-            bucket = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        for i, part in zip(members, bucket.split(sizes)):
-            self._bucket_of[i] = len(self.buckets)
-            self._views[i] = part.view(self._parameters[i].shape)
-        self.buckets.append(bucket)
 
     def _on_grad(self, index: int) -> None:
         self._touched.add(index)

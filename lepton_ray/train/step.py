@@ -21,7 +21,7 @@ from lepton_ray.train.model import Model
 from lepton_ray.train.objective import Objective
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.precision import Scaler, autocast
-from lepton_ray.train.reduce import Reducer, over_wire, sum_of
+from lepton_ray.train.reduce import Buckets, Reducer, over_wire, sum_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,14 +169,15 @@ class Stepper:
         precision: str = "fp32",
         clip_norm: float | None = None,
         wire: str = "fp32",
+        buckets: Buckets | None = None,
     ) -> None:
-        """wire: the number format in which gradients travel."""
+        """wire: the number format in which gradients travel. buckets: of this model; None makes them."""
         allreduce = peers.allreduce if peers.world > 1 else None
         self._model, self._objective, self._optimizers = model, objective, optimizers
         self._feed, self._peers, self._device, self._seed = feed, peers, device, seed
         self._precision, self._clip_norm = precision, clip_norm
         self.scaler = Scaler() if precision == "fp16" else None
-        self._reducer = Reducer(model.parameters(), over_wire(peers, wire), peers.empty)
+        self._reducer = Reducer(model.parameters(), over_wire(peers, wire), buckets)
         self._buffers = BufferFold(model.buffers(), allreduce)
         self._extras = Extras(peers)
         self._open: _Open | None = None

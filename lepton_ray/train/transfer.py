@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +31,18 @@ def give(peers: Peers, tensors: Mapping[str, torch.Tensor], state: Any) -> None:
             peers.broadcast(tensor.detach().contiguous().cpu())
 
 
-def take(peers: Peers) -> tuple[dict[str, torch.Tensor], Any]:
-    """Receive what rank 0 gives: the tensors by name, on the CPU, and the tree."""
+def take(peers: Peers, room: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
+    """Receive what rank 0 gives: the tensors by name, on the CPU, and the tree.
+
+    room: tensors that are overwritten with those of the same name, where they fit: fresh memory costs as much time
+    again as what is written into it.
+    """
     size = torch.zeros(1, dtype=torch.int64)
     peers.broadcast(size)
     head = torch.empty(int(size), dtype=torch.uint8)
     peers.broadcast(head)
     tree, layout = pickle.loads(head.numpy().tobytes())  # made by another worker of this run
-    parts = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
+    parts = {name: _place(room.get(name), dtype, shape) for name, (dtype, shape) in layout.items()}
     small = {name: tensor for name, tensor in parts.items() if _is_small(tensor)}
     if small:
         joined = torch.empty(sum(tensor.nbytes for tensor in small.values()), dtype=torch.uint8)
@@ -49,6 +53,11 @@ def take(peers: Peers) -> tuple[dict[str, torch.Tensor], Any]:
         if not _is_small(tensor):
             peers.broadcast(tensor)
     return parts, unflatten(tree, parts.pop)
+
+
+def _place(room: torch.Tensor | None, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    fits = room is not None and (room.device.type, room.dtype, tuple(room.shape)) == ("cpu", dtype, tuple(shape))
+    return room.detach() if room is not None and fits and room.is_contiguous() else torch.empty(shape, dtype=dtype)
 
 
 def _is_small(tensor: torch.Tensor) -> bool:

@@ -193,7 +193,7 @@ def check_memory_of_the_group(rank: int, group: str) -> None:
     formed = ray_group._forming_or_formed[group].formed
     assert formed.transport == "shared memory"
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64):
-        tensor = empty(group, 70_000, dtype)
+        tensor = empty(70_000, dtype)
         tensor.copy_(torch.arange(70_000) % 50 + rank)
         assert HEAP.find(tensor.view(torch.uint8).numpy()).inode
         collective.allreduce(tensor[5:], group_name=group)

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from lepton_ray import DistributedTrainer, journal
@@ -45,9 +44,6 @@ class ThreadPeers:
 
     def explain(self, size_bytes: int) -> str:
         return self._group.explain(size_bytes)
-
-    def empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(self._group.empty(count * dtype.itemsize, np.uint8)).view(dtype)
 
 
 def form(world: int, nodes: str = "") -> list[Group]:

@@ -279,7 +279,7 @@ class Rounding:
 
     def __init__(self, peers: Any) -> None:
         self.rank, self.world, self._peers = peers.rank, peers.world, peers
-        self.empty, self.broadcast = peers.empty, peers.broadcast
+        self.broadcast = peers.broadcast
 
     def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
         if wire == "bf16":

@@ -6,16 +6,20 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lepton_ray import DistributedTrainer
 from lepton_ray.collective.holdings import HEAP
 from lepton_ray.errors import PeerLost
+from lepton_ray.prepare import with_place
 from lepton_ray.train import reduce
-from lepton_ray.train.peers import Peers
+from lepton_ray.train.job import Task
+from lepton_ray.train.peers import Alone, Peers
 from lepton_ray.train.reduce import Reducer
 
 Together = Callable[[int, Callable[[Peers], Any]], list[Any]]
@@ -72,7 +76,7 @@ def run_step(reducer: Reducer, model: Mixed, owned: list[int]) -> None:
 
 def all_grads(peers: Peers, owners: list[int], steps: int = 1) -> tuple[dict[str, torch.Tensor | None], int]:
     model = Mixed()
-    reducer = Reducer(dict(model.named_parameters()), peers.allreduce if peers.world > 1 else None, peers.empty)
+    reducer = Reducer(dict(model.named_parameters()), peers.allreduce if peers.world > 1 else None)
     for _ in range(steps):
         run_step(reducer, model, [m for m, owner in enumerate(owners) if owner == peers.rank])
     unused = reducer.untouched()
@@ -111,7 +115,7 @@ def test_buckets_lie_in_the_memory_of_the_group(together: Together) -> None:
 
     def act(peers: Peers) -> list[int]:
         model = Mixed()
-        reducer = Reducer(dict(model.named_parameters()), peers.allreduce, peers.empty)
+        reducer = Reducer(dict(model.named_parameters()), peers.allreduce)
         run_step(reducer, model, [peers.rank])
         found = [HEAP.find(p.grad.view(-1).numpy()).inode for p in model.parameters()]
         reducer.close()
@@ -203,3 +207,37 @@ def test_norm_and_scale_are_over_all_gradients() -> None:
     model.a.grad.fill_(torch.inf)
     assert reducer.norm() == torch.inf
     reducer.close()
+
+
+def test_gradients_stay_where_they_are_until_a_generation_breaks(storage: str) -> None:
+    """Fresh memory costs a resize time; after a break one that was given up may still write into the old one."""
+    trainer = DistributedTrainer(
+        nn.Linear(2, 1), (np.zeros((8, 2), np.float32), np.zeros((8, 1), np.float32)), loss="mse", storage=storage
+    )
+    spec = with_place(trainer._prepared.spec, "job", storage)
+    pauses = iter([False, True, False, True])
+
+    def ignore(*_: object, **__: object) -> None:
+        """Keep no record."""
+
+    task = Task(
+        spec,
+        train_source=trainer._train,
+        test_source=None,
+        device=torch.device("cpu"),
+        report=ignore,
+        record=ignore,
+        wish=lambda: False,
+        pause=lambda: next(pauses, False),
+    )
+
+    def memory(generation: int) -> torch.Tensor:
+        task.join(Alone(), generation, is_fresh=generation == 1)
+        return task.parts.stepper._reducer.buckets[0]
+
+    first = memory(1)
+    assert task.run() == (False, [])
+    assert memory(2) is first
+    task.settle()  # it broke
+    assert not np.shares_memory(memory(3).numpy(), first.numpy())
+    task.close()
