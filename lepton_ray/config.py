@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 from lepton_ray.errors import ConfigError
@@ -218,11 +219,13 @@ class Sync:
     """Local steps during which an exchange goes on in the background."""
     wire: Wire = "fp32"
     """Number format of gradients or progress between workers. "auto": a shorter one where the link is slow."""
+    tls: bool = False
+    """Encrypt what workers send each other over the network. Needs `pip install 'lepton-ray[tls]'`."""
 
     @classmethod
-    def every_step(cls, wire: Wire = "fp32") -> Sync:
+    def every_step(cls, wire: Wire = "fp32", *, tls: bool = False) -> Sync:
         """Sum the gradients in every step."""
-        return cls(wire=wire)
+        return cls(wire=wire, tls=tls)
 
     @classmethod
     def local(
@@ -233,6 +236,7 @@ class Sync:
         fragments: int = 1,
         delay: int | None = None,
         wire: Wire = "fp32",
+        tls: bool = False,
     ) -> Sync:
         """Let workers train by themselves, and exchange what they learnt every `steps` steps.
 
@@ -241,11 +245,17 @@ class Sync:
         _whole("Sync.local", "steps", steps)
         _whole("Sync.local", "fragments", fragments)
         chosen = steps // fragments // 10 if delay is None else delay
-        return cls(steps=steps, outer=outer, fragments=fragments, delay=chosen, wire=wire)
+        return cls(steps=steps, outer=outer, fragments=fragments, delay=chosen, wire=wire, tls=tls)
 
     def __post_init__(self) -> None:
         if self.wire not in WIRES:
             raise ConfigError(f"Sync(wire={self.wire!r}): expected one of {', '.join(WIRES)}.")
+        if not isinstance(self.tls, bool):
+            raise ConfigError(f"Sync(tls={self.tls!r}): expected True or False.")
+        if self.tls and find_spec("cryptography") is None:
+            raise ConfigError(
+                "Sync(tls=True) needs the package cryptography, here and on every node: pip install 'lepton-ray[tls]'."
+            )
         if not isinstance(self.outer, OuterSGD):
             raise ConfigError(f"Sync(outer={self.outer!r}): expected an OuterSGD(...).")
         _whole("Sync", "fragments", self.fragments)

@@ -345,10 +345,12 @@ def _config(
 
 def _sync(options: Options) -> dict[str, Any] | None:
     """Describe how workers exchange what they learn. After local steps no other can go on from a worker's state."""
-    if options.sync == Sync():
+    sync = asdict(options.sync)
+    del sync["tls"]  # it changes nothing in the outcome
+    if replace(options.sync, tls=False) == Sync():
         return None
     workers = {"num_workers": options.workers.max} if options.sync.is_local else {}
-    return {**asdict(options.sync), **workers}
+    return {**sync, **workers}
 
 
 def _form(model: Any, kind: str) -> str | None:

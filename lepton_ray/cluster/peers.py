@@ -12,11 +12,14 @@ from lepton_ray.collective.wire import Feedback
 class RayPeers:
     """A group of worker actors; see `train.peers.Peers`."""
 
-    def __init__(self, group: str, rank: int, world: int, timeout_s: float) -> None:
-        """Join `group`, which all `world` members do. timeout_s: longest wait for a peer without progress."""
+    def __init__(self, group: str, rank: int, world: int, timeout_s: float, *, tls: bool) -> None:
+        """Join `group`, which all `world` members do.
+
+        timeout_s: longest wait for a peer without progress. tls: whether to encrypt what leaves a process over TCP.
+        """
         self.rank, self.world, self._group = rank, world, group
         if world > 1:
-            ray_group.register(timeout_s=timeout_s)
+            ray_group.register(timeout_s=timeout_s, tls=tls)
             collective.init_collective_group(world, rank, backend=ray_group.BACKEND, group_name=group)  # type: ignore[arg-type]
 
     def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:

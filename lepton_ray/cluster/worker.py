@@ -190,7 +190,7 @@ class Worker:
             self._task.settle(settlement.ballot if self._number in settlement.forward else None)
         self._leave_group()
         if self._number in form.members:
-            self._join_group(formation.group, form.members, formation.collective_timeout_s)
+            self._peers = self._meet(formation.group, form.members, formation.collective_timeout_s)
             self._task.join(self._peers, form.generation, is_fresh=settlement is None, since_step=formation.since_step)
         for coordinate, source in sources.items():
             takers = [w for w in form.members if w % formation.size == coordinate and w not in holders]
@@ -199,22 +199,21 @@ class Worker:
 
     def _copy(self, formation: Formation, name: str, workers: Sequence[int]) -> None:
         """Give the state of the training to others, or take it over; the first of the workers has it."""
-        from lepton_ray.cluster.peers import RayPeers
-
         is_source = self._number == workers[0]
-        self._group = name
-        peers = RayPeers(name, workers.index(self._number), len(workers), formation.collective_timeout_s)
+        peers = self._meet(name, workers, formation.collective_timeout_s)
         try:
             (self._task.lend if is_source else self._task.borrow)(peers)
         finally:
             peers.close()
             self._group = formation.group
 
-    def _join_group(self, name: str, members: Sequence[int], timeout_s: float) -> None:
+    def _meet(self, name: str, workers: Sequence[int], timeout_s: float) -> RayPeers:
+        """Form a group of workers, of which this is one."""
         from lepton_ray.cluster.peers import RayPeers
 
+        assert self._spec is not None
         self._group = name
-        self._peers = RayPeers(name, members.index(self._number), len(members), timeout_s)
+        return RayPeers(name, workers.index(self._number), len(workers), timeout_s, tls=self._spec.sync.tls)
 
     def _leave_group(self) -> None:
         peers, self._peers = self._peers, None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lepton_ray import Callback, DistributedTrainer, Result, journal
+from lepton_ray import Callback, DistributedTrainer, Result, Sync, journal
 from lepton_ray.callbacks import RunView, TensorBoard
 from lepton_ray.storage import Folder
 from tests.train.in_process import Records, of
@@ -152,3 +152,32 @@ def test_hooks_are_called_in_step_order_and_tensorboard_has_its_file(ray_cluster
     assert [int(line.split()[1]) for line in diary if line.startswith("checkpoint")] == saved == [0, STEPS, 2 * STEPS]
     assert diary.index(f"checkpoint {STEPS}") > diary.index("step 3")
     assert list((Path(result.path) / "tensorboard").glob("events.out.tfevents.*"))
+
+
+class Links(Callback):
+    """Writes down how the process of rank 0 is connected to the others."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_epoch(self, run: RunView, metrics: Mapping[str, Any]) -> None:
+        from lepton_ray.collective import ray_group
+
+        groups = [group for name, group in ray_group._forming_or_formed.items() if name.startswith(f"{run.name}/")]
+        kinds = [type(link).__name__ for group in groups for link in group.formed._mesh.links.values()]
+        Path(self.path).write_text(" ".join(kinds))
+
+
+@pytest.mark.parametrize(("tls", "kind"), [(True, "SealedLink"), (False, "Link")])
+def test_workers_encrypt_what_they_send_if_asked(ray_cluster: None, storage: str, tls: bool, kind: str) -> None:
+    trainer = DistributedTrainer(
+        nn.Linear(FEATURES, CLASSES).double(),
+        (X, Y),
+        num_workers=2,
+        batch=BATCH,
+        sync=Sync.every_step(tls=tls),
+        callbacks=[Links(f"{storage}.links")],
+        storage=storage,
+    )
+    trainer.train()
+    assert Path(f"{storage}.links").read_text() == kind
