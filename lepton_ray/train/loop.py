@@ -117,6 +117,7 @@ class Loop:
             self._outbox.publish_again(since_step)
             return
         self._is_spoiled = True
+        self._done.clear()
         if self._saver.resume(peers):
             self._feed.seek(self.state.step)
             self._outbox.now("resumed", step=self.state.step, epoch=self.state.epoch, generation=generation)

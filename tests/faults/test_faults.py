@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lepton_ray import Checkpoints, ConfigError, Elastic, Faults, Job, RunFailed, WorkerFailed
+from lepton_ray import Checkpoints, ConfigError, Elastic, Faults, Job, RunFailed, Sync, WorkerFailed
 from lepton_ray.result import Result
 from tests.faults.scene import (
     LIMIT_S,
@@ -111,6 +111,15 @@ def test_when_all_die_the_run_goes_on_from_the_checkpoint(storage: str, calm: to
             break
     result = job.wait(LIMIT_S)
     assert_nothing_lost(job, result, calm, redone=STEPS_PER_EPOCH)
+
+
+def test_local_steps_go_on_from_the_checkpoint_as_if_nothing_had_happened(storage: str, ray_cluster: None) -> None:
+    """The state of a worker that trains by itself dies with it, so all of them go back."""
+    sync = Sync.local(steps=3)
+    calm = weights(scene(storage, "calm", sync=sync).wait(LIMIT_S))
+    job, result = run(storage, die, "forward", 1, sync=sync)
+    assert_nothing_lost(job, result, calm, redone=STEPS_PER_EPOCH)
+    assert [record["step"] for record in records(job, "resumed")] == [5]
 
 
 class Paced:
