@@ -107,29 +107,38 @@ class Turns:
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Work, Callable[[], object]]] = deque()
-        self._is_busy, self._is_closed = False, False
+        self._is_closed = False
+        self._busy: int | None = None
+        """The thread that carries out a work now."""
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def issue(self, work: Work, act: Callable[[], object], *, at_once: bool) -> None:
-        """Carry out a work by calling `act`. at_once: the caller will wait for it before it does anything else."""
+        """Carry out a work by calling `act`. at_once: the caller will wait for it before it does anything else.
+
+        What a callback of a work's future issues comes right after that work, on all ranks: the callback may wait for
+        it, as some hooks of DDP do, and nothing else goes on before it returns.
+        """
+        own = threading.get_ident()
         with self._changed:
             if self._is_closed:
                 raise TorchPeerLost("the process group was destroyed")
-            if not at_once or self._waiting or self._is_busy:
+            is_nested = self._busy == own
+            if not is_nested and (not at_once or self._waiting or self._busy is not None):
                 self._waiting.append((work, act))
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._serve, daemon=True, name="lepton-collective")
                     self._thread.start()
                 self._changed.notify_all()
                 return
-            self._is_busy = True
+            self._busy = own
         try:
             _carry_out(work, act)
         finally:
-            with self._changed:
-                self._is_busy = False
-                self._changed.notify_all()
+            if not is_nested:
+                with self._changed:
+                    self._busy = None
+                    self._changed.notify_all()
 
     def close(self, limit_s: float | None = None) -> None:
         """Take no more works, and return when those that were issued are done, or after `limit_s`."""
@@ -137,20 +146,20 @@ class Turns:
             self._is_closed = True
             self._changed.notify_all()
             if self._thread is not threading.current_thread():
-                self._changed.wait_for(lambda: not self._waiting and not self._is_busy, limit_s)
+                self._changed.wait_for(lambda: not self._waiting and self._busy is None, limit_s)
 
     def _serve(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: not self._is_busy and (self._waiting or self._is_closed))
+                self._changed.wait_for(lambda: self._busy is None and (self._waiting or self._is_closed))
                 if not self._waiting:
                     return
                 work, act = self._waiting.popleft()
-                self._is_busy = True
+                self._busy = threading.get_ident()
             _carry_out(work, act)
             del work, act  # a sleeping thread must not keep tensors alive
             with self._changed:
-                self._is_busy = False
+                self._busy = None
                 self._changed.notify_all()
 
 

@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,11 @@ FIRST_BUCKET_BYTES = 1 << 20
 
 
 class Buckets:
-    """Where the gradients of one copy of the model lie; it can serve one group after another."""
+    """Where the gradients of one copy of the model lie; it can serve one group after another.
+
+    Of a parameter that is sharded over other processes (a DTensor), the gradient is that of the shard; what backward
+    makes of it in another layout, such as partial sums, torch brings into the parameter's before it adds it up here.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = list(parameters)
@@ -46,14 +51,14 @@ class Buckets:
 
     def _add(self, members: list[int]) -> None:
         first = self.parameters[members[0]]
-        sizes = [self.parameters[i].numel() for i in members]
+        sizes = [_local(self.parameters[i]).numel() for i in members]
         if first.device.type == "cpu":
             bucket = empty(sum(sizes), first.dtype).zero_()
         else:
             bucket = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
         for i, part in zip(members, bucket.split(sizes)):
             self.bucket_of[i] = len(self.flat)
-            self.views[i] = part.view(self.parameters[i].shape)
+            self.views[i] = _like(self.parameters[i], part)
         self.flat.append(bucket)
 
 
@@ -207,6 +212,22 @@ def sum_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(torch.add, absolute)
 
 
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a parameter. (To import DTensor by name takes a worker half a second.)"""
+    local: torch.Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local
+
+
+def _like(parameter: Any, flat: torch.Tensor) -> torch.Tensor:
+    """Show flat memory as a tensor of the shape, and the layout over processes, of a parameter."""
+    view = flat.view(_local(parameter).shape)
+    if not hasattr(parameter, "to_local"):
+        return view
+    layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    sharded: torch.Tensor = type(parameter).from_local(view, parameter.device_mesh, parameter.placements, **layout)
+    return sharded
+
+
 def _groups(parameters: list[nn.Parameter]) -> list[list[int]]:
     """Group parameter indices into buckets of one dtype and device, in reverse order of the parameters."""
     open_groups: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
@@ -216,7 +237,7 @@ def _groups(parameters: list[nn.Parameter]) -> list[list[int]]:
         key = (p.dtype, p.device)
         members, size = open_groups.pop(key, ([], 0))
         members.append(index)
-        size += p.numel() * p.element_size()
+        size += _local(p).numel() * p.element_size()
         if size >= (BUCKET_BYTES if groups else FIRST_BUCKET_BYTES):
             groups.append(members)
         else:

@@ -99,6 +99,8 @@ def test_a_work_is_done_when_all_ranks_have_come(ranks: list[Member]) -> None:
         (there.messages_in_batches, 4),
         (there.messages_in_batches, 2_000_000),
         (there.train_ddp, 3),
+        (there.train_ddp_compressed, 5),
+        (there.sum_gradients_of_shards, 2),
         (there.train_fsdp, 3),
         (there.run_pipeline, 3),
     ],

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lepton_ray.collective import torch_backend
 from lepton_ray.errors import ConfigError
+from lepton_ray.train.reduce import Reducer
 from tests.collective import members
 
 Tensor = torch.Tensor
@@ -392,6 +394,46 @@ def train_ddp(steps: int) -> None:
     gloo = HELD.setdefault("gloo", dist.new_group(backend="gloo"))
     for one, other in zip(_ddp(dist.group.WORLD, steps), _ddp(gloo, steps), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def train_ddp_compressed(steps: int) -> None:
+    """PowerSGD, a hook of torch's DDP, sends its factors over whatever group DDP has."""
+    gloo = HELD.setdefault("gloo", dist.new_group(backend="gloo"))
+    found = []
+    for group in (dist.group.WORLD, gloo):
+        model = DistributedDataParallel(_network(), process_group=group)
+        state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=2, start_powerSGD_iter=2)
+        model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        found.append(_trained(model, [_samples(10 * step + group.rank()) for step in range(steps)]))
+        assert state.iter > state.start_powerSGD_iter
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def sum_gradients_of_shards(steps: int) -> None:
+    """Our own reducer, where each process holds a part of each weight: gradients lie in its buckets."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    whole, model = _network(), _network()
+    weight, bias = model[0].weight, model[0].bias
+    model[0].weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
+    model[0].bias = nn.Parameter(distribute_tensor(bias.detach(), mesh, [Replicate()]))
+    reducer = Reducer(dict(model[0].named_parameters()), None)
+    samples = [_samples(each) for each in range(world)]
+    for _ in range(steps):
+        reducer.begin()
+        reducer.arm()
+        # Each process has samples of its own, so the gradient of the bias is a partial sum.
+        outputs = model[0](distribute_tensor(torch.cat(samples), mesh, [Shard(0)]))
+        outputs.square().sum().backward()
+        reducer.finish()
+    whole[0](torch.cat(samples)).square().sum().backward()
+    for one, other in ((model[0].weight, whole[0].weight), (model[0].bias, whole[0].bias)):
+        torch.testing.assert_close(one.grad.full_tensor(), other.grad)
+    own = [model[0].weight.grad.to_local(), model[0].bias.grad.to_local()]
+    assert reducer.buckets[0].numel() == sum(each.numel() for each in own)
+    within = range(reducer.buckets[0].data_ptr(), reducer.buckets[0].data_ptr() + reducer.buckets[0].nbytes)
+    assert all(each.data_ptr() in within for each in own), rank
 
 
 def train_fsdp(steps: int) -> None:
