@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-BENCHMARKS := first_step throughput checkpoint_stall report_cost memory allreduce train_step network local_steps recovery_time resize_pause
+BENCHMARKS := first_step throughput checkpoint_stall report_cost memory allreduce train_step overhead network local_steps recovery_time resize_pause
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # all targets share .venv, and tests measure time

@@ -32,7 +32,7 @@ class Ranks:
     def measure(self, act: str, count: int, calls: int) -> Callable[[], float]:
         """Return what calls an act some times and gives the microseconds of the slowest rank, median over calls.
 
-        count: of float32 values.
+        count: of float32 values, or what else the act is told.
         """
 
         def run() -> float:
@@ -45,16 +45,16 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def ranks(command: Sequence[str], folder: Path, world: int, largest: int) -> Iterator[Ranks]:
+def ranks(command: Sequence[str], folder: Path, world: int, largest: int = 0, **asked: object) -> Iterator[Ranks]:
     """Start the ranks of a peer: `world` processes that call `peers/orders.py`'s `serve`.
 
-    largest: the most float32 values that an order will name.
+    largest: the most float32 values that an order will name. asked: what else `Run.asked` reads.
     """
     place = str(Path(tempfile.mkdtemp(dir=folder)) / "orders")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(place)
         listener.listen(world)
-        with running(command, folder, orders=place, steps=0, workers=world, largest=largest) as run:
+        with running(command, folder, orders=place, workers=world, largest=largest, **{"steps": 0, **asked}) as run:
             run.wait_for("connected", world)
             connections = [Connection(listener.accept()[0].detach()) for _ in range(world)]
             yield Ranks(connections)

@@ -96,6 +96,11 @@ def prepare(model: Any, train: Source | Stream, test: Source | Stream | None, op
         raise ConfigError("test_data with step_fn needs loss=: it says what the evaluation measures.")
     if options.step_fn is not None and options.batch.clip_norm is not None:
         raise ConfigError("Batch(clip_norm=...) with step_fn: clip the gradients in step_fn itself.")
+    if options.step_fn is not None and options.reproducible:
+        raise ConfigError(
+            "reproducible=True promises the same bits for any number of workers; a step_fn steps its optimizers on "
+            "each worker's one microbatch, so that their number counts. Use loss=, or leave reproducible alone."
+        )
     _check_best(options.checkpoints.best)
     if test is None:
         _check_no_test(options)

@@ -43,7 +43,8 @@ class DistributedTrainer:
     batch: samples of one step over all workers, or a `Batch`.
     precision: "fp32", "bf16" or "fp16".
     seed: decides sample order, dropout and everything else that is random; the number of workers does not.
-    reproducible: use deterministic kernels only; the same number of workers then gives the same bits.
+    reproducible: the same bits of the weights for any number of workers and any history of them, for the same
+        `Batch(microbatches=...)`, kind of device and versions; deterministic kernels only.
     name: of the run. The same name again attaches to it, returns its result, or goes on from its last checkpoint.
     storage: an absolute path or fsspec URL that every node can write; ~/lepton_ray on a single machine.
     resources, faults, parallel: what a worker asks of Ray, how patient the run is, how a copy of the model is laid out.

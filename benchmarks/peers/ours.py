@@ -1,4 +1,7 @@
-"""lepton_ray. `module`: the model is made in the driver; `factory`: in the workers, and the driver has no torch."""
+"""lepton_ray. `module`: the model is made in the driver; `factory`: in the workers, and the driver has no torch.
+
+A second word, `reproducible`, asks for the same bits whatever the number of workers.
+"""
 
 import functools
 import os
@@ -18,5 +21,6 @@ if __name__ == "__main__":
         optimizer=make_optimizer,
         steps=run.steps,
         batch=run.batch * run.workers,
+        reproducible="reproducible" in sys.argv,
         storage=os.environ["BENCH_FOLDER"],
     ).train()

@@ -35,6 +35,12 @@ class RayPeers:
         if self.world > 1:
             collective.broadcast(tensor, src_rank=0, group_name=self._group)
 
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        collective.send(tensor, to, group_name=self._group)
+
+    def recv(self, tensor: torch.Tensor, source: int) -> None:
+        collective.recv(tensor, source, group_name=self._group)
+
     def explain(self, size_bytes: int) -> str:
         return ray_group.explain(self._group, size_bytes) if self.world > 1 else "there is one worker"
 

@@ -51,6 +51,11 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
 
 
+def aligned(batch: Batch) -> Batch:
+    """Copy every tensor to where torch's own lie, unless it does: kernels may add in another order elsewhere."""
+    return tree_map(lambda leaf: leaf.clone() if hasattr(leaf, "data_ptr") and leaf.data_ptr() % 64 else leaf, batch)
+
+
 def split_target(batch: Batch) -> tuple[Batch, Batch]:
     """Separate what the model is given from what it should answer.
 

@@ -15,11 +15,13 @@ bits; buffers are sent from the first step on that changed one of their type and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from lepton_ray.plan.tree import PLAIN, Turn
 from lepton_ray.train.model import Buffer
+from lepton_ray.train.ordered import Aside, Tree
 from lepton_ray.train.reduce import AllReduce
 
 
@@ -39,11 +41,15 @@ class _Group:
     """All workers know that it changes."""
     members: list[Buffer]
     count: torch.Tensor | None
+    aside: Aside = field(default_factory=Aside)
+    """Changes of earlier microbatches, where a tree wants them apart."""
 
-    def open(self) -> torch.Tensor:
-        """Return `change`, which begins with zeros."""
+    def open(self, aside: int = 0) -> torch.Tensor:
+        """Return `change`, which begins with zeros, as do as many that were put aside."""
         if self.change is None:
             self.change = torch.zeros(self.flat.numel(), dtype=torch.float64, device=self.flat.device)
+            for _ in range(aside):
+                self.aside.put(self.change)
         return self.change
 
 
@@ -51,8 +57,10 @@ class BufferFold:
     """The changing buffers of one copy of the model. Call order: `begin`, (`enter`, forward, `leave`)*,
     `reduce`, then `apply` or `discard`."""
 
-    def __init__(self, buffers: Sequence[Buffer], allreduce: AllReduce | None) -> None:
-        self._allreduce = allreduce
+    def __init__(self, buffers: Sequence[Buffer], allreduce: AllReduce | None, tree: Tree | None = None) -> None:
+        """tree: takes the place of `allreduce` for what workers contribute, and sums in its order."""
+        self._allreduce, self._tree = allreduce, tree
+        self._depth = 0
         self._groups = [_gather(members) for members in _by_rule(buffers)]
         self._total = 0
         self._first = 0
@@ -60,8 +68,9 @@ class BufferFold:
 
     def begin(self, total: int, first: int = 0) -> None:
         """Start a step in which `total` microbatches (of all workers) are not empty, from number `first` on."""
-        self._total, self._first = total, first
+        self._total, self._first, self._depth = total, first, 0
         for group in self._groups:
+            group.aside.clear()
             group.before.copy_(group.flat)
             if group.change is not None:
                 group.change.zero_()
@@ -73,23 +82,35 @@ class BufferFold:
                 buffer.reclaim()  # after a forward without a `leave`, too
             group.flat.copy_(group.before)
 
-    def leave(self, microbatch: int) -> None:
-        """Take in what the forward of `microbatch` did."""
+    def leave(self, microbatch: int, turn: Turn = PLAIN) -> None:
+        """Take in what the forward of `microbatch` did. turn: its own in the tree."""
         for group in self._groups:
             for buffer in group.members:
                 buffer.reclaim()
         if not self._knows_calls:
             self._learn_calls()
+        if turn.is_apart:
+            for group in self._groups:
+                if group.change is not None:
+                    group.aside.put(group.change)
+            self._depth += 1
+        self._take_in(microbatch)
+        for group in self._groups:
+            if group.change is not None:
+                group.aside.merge(group.change, turn.merges)
+        self._depth -= turn.merges
+
+    def _take_in(self, microbatch: int) -> None:
         for group in self._groups:
             if group.change is None and torch.equal(group.flat, group.before):
                 continue
             if group.is_sum:
                 after = group.flat.double() if group.flat.is_floating_point() else group.flat.long()
-                group.open().add_(torch.where(group.flat == group.before, 0, after - _base(group.before)))
+                group.open(self._depth).add_(torch.where(group.flat == group.before, 0, after - _base(group.before)))
                 continue
             change = group.flat.double().sub_(group.before)
             later = self._first + self._total - 1 - microbatch
-            group.open().add_(change if group.keep is None else change * group.keep**later)
+            group.open(self._depth).add_(change if group.keep is None else change * group.keep**later)
 
     def reduce(self) -> None:
         """Sum the contributions of all workers."""
@@ -97,10 +118,10 @@ class BufferFold:
             return
         quiet = [group for group in self._groups if not group.is_sent]
         found = torch.tensor([group.change is not None for group in quiet], dtype=torch.float64)
-        self._sum([*(group.open() for group in self._groups if group.is_sent), found])
+        self._sum([group for group in self._groups if group.is_sent], found)
         new = [group for group, times in zip(quiet, found.tolist()) if times]
         if new:
-            self._sum([group.open() for group in new])
+            self._sum(new, found[:0])
         for group in new:
             group.is_sent = True
 
@@ -122,11 +143,17 @@ class BufferFold:
         """Set the buffers back to what they were before the step."""
         self.enter()
 
-    def _sum(self, parts: Sequence[torch.Tensor]) -> None:
-        """Sum tensors over all workers, in place."""
+    def _sum(self, groups: Sequence[_Group], found: torch.Tensor) -> None:
+        """Sum what groups contribute, and numbers beside, over all workers, in place."""
         assert self._allreduce is not None
+        parts = [*(group.open(self._depth) for group in groups), found]
         joined = torch.cat([part.cpu() for part in parts])
-        self._allreduce(joined)
+        if self._tree is None:
+            self._allreduce(joined)
+        else:
+            rows = zip(*(group.aside.kept for group in groups)) if groups else [()] * self._depth
+            kept = [torch.cat([*(part.cpu() for part in row), torch.zeros_like(found)]) for row in rows]
+            self._tree.total(kept, joined)
         for part, total in zip(parts, joined.split([part.numel() for part in parts])):
             part.copy_(total)
 

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lepton_ray.data.batch import TARGET_KEYS, Batch, split_target, to_device, tree_map
+from lepton_ray.data.batch import TARGET_KEYS, Batch, aligned, split_target, to_device, tree_map
 from lepton_ray.data.feed import blocks
 from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.batch import seed_of
+from lepton_ray.train.exact import ExactSum
 from lepton_ray.train.metrics import Metric, finish
 from lepton_ray.train.model import Model
 from lepton_ray.train.objective import Objective, call
@@ -32,6 +33,8 @@ class Pass:
     seed: int
     peers: Peers
     device: torch.device
+    is_exact: bool = False
+    """Which worker passes which block must make no difference, not in one bit."""
 
     def blocks(self, model: Model, source: Source | Stream, *, is_alone: bool = False) -> Iterator[tuple[int, Batch]]:
         """Yield the numbered blocks of this worker: every world-th, from its rank on; of one that is alone, all.
@@ -47,7 +50,8 @@ class Pass:
             block = next(found, None)
             if block is None:
                 return
-            yield number, to_device(block[1], self.device)
+            batch = to_device(block[1], self.device)
+            yield number, aligned(batch) if self.is_exact else batch
 
 
 class Counts(Protocol):
@@ -106,6 +110,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss and the metrics over all of `source`; the same numbers on every worker."""
     loss_sum = weight = 0.0
+    exact: ExactSum | None = None
     seen = 0
     counts.reset()
     model.train(False)
@@ -115,6 +120,12 @@ def evaluate(
                 outcome = objective(model, batch)
             loss_sum, weight, seen = loss_sum + float(outcome.loss_sum), weight + outcome.weight, seen + 1
             counts.update(outcome.outputs, outcome.target)
+            if how.is_exact:
+                sums = _joined(loss_sum, weight, counts)
+                exact = exact or ExactSum(len(sums))
+                exact.add(sums)
+                loss_sum = weight = 0.0
+                counts.reset()
         if not seen:  # fewer blocks than workers
             _, batch = next(how.blocks(model, source, is_alone=True), (0, None))
             if batch is None:
@@ -123,9 +134,16 @@ def evaluate(
             counts.prime(outcome.outputs, outcome.target)
     finally:
         model.train(True)
-    sums = torch.cat([torch.tensor([loss_sum, weight], dtype=torch.float64), counts.vector()])
-    how.peers.allreduce(sums)
+    sums = _joined(loss_sum, weight, counts)
+    if how.is_exact:
+        sums = (exact or ExactSum(len(sums))).over(how.peers)
+    else:
+        how.peers.allreduce(sums)
     return {"loss": float(sums[0] / sums[1]), **counts.result(sums[2:])}
+
+
+def _joined(loss_sum: float, weight: float, counts: Counts) -> torch.Tensor:
+    return torch.cat([torch.tensor([loss_sum, weight], dtype=torch.float64), counts.vector()])
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 
 from lepton_ray.data.feed import open_feed
 from lepton_ray.data.sources import Source, Stream
+from lepton_ray.errors import ConfigError
 from lepton_ray.plan.recover import Position
 from lepton_ray.storage import Folder
 from lepton_ray.train import weights
@@ -21,6 +22,8 @@ from lepton_ray.train.parts import load_weights, make_parts
 from lepton_ray.train.peers import Background, Peers
 from lepton_ray.train.spec import TrainSpec
 from lepton_ray.train.transfer import give, take
+
+_KIND_BYTES = 256
 
 
 class Task:
@@ -54,6 +57,7 @@ class Task:
                 microbatches=spec.batch.microbatches,
                 seed=spec.seed,
             )
+        self._kind = f"{_name_of(device)} and {torch.get_num_threads()} threads"
         self.parts = make_parts(spec, feed, device, self._notes.append)
         self._is_clean = True
         """The last generation, if there was one, did not break."""
@@ -104,6 +108,8 @@ class Task:
         if self._spec.sync.is_local:
             peers = Background(peers)
         self._peers = peers
+        if self._spec.reproducible:
+            self._check_kind(self._kind_of_first(peers))
         self.parts.bind(peers, is_clean=self._is_clean)
         self._is_clean = False
         if self._spec.sync.wire != "fp32":
@@ -114,6 +120,9 @@ class Task:
             self._note(text)
         if self.loop is not None:
             self.loop.join(peers, generation, is_fresh=is_fresh, since_step=since_step)
+            if self._spec.reproducible and is_fresh:
+                self._check_kind(self.loop.state.kind or self._kind)
+                self.loop.state.kind = self._kind
 
     def run(self) -> tuple[bool, list[Any]]:
         """Do the work. Returns whether it is over, not paused, and the numbered blocks of a prediction."""
@@ -137,6 +146,22 @@ class Task:
         if hasattr(self.parts, "stepper"):
             self.parts.stepper.close()
 
+    def _kind_of_first(self, peers: Peers) -> str:
+        """Return what the worker of rank 0 runs on."""
+        told = torch.zeros(_KIND_BYTES, dtype=torch.uint8)
+        own = self._kind.encode()[:_KIND_BYTES]
+        told[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        peers.broadcast(told)
+        return bytes(told.tolist()).rstrip(b"\0").decode(errors="replace")
+
+    def _check_kind(self, found: str) -> None:
+        if found != self._kind:
+            raise ConfigError(
+                f"reproducible=True needs one kind of device throughout a run: this worker has {self._kind}, others "
+                f"had {found}. Ask for one kind with Resources(custom={{...}}) and the same cpus=, or train under "
+                "another name."
+            )
+
     def _note(self, text: str) -> None:
         if self._peers.rank == 0:
             self._report("note", text=text)
@@ -151,6 +176,13 @@ class Task:
         if found is not None:
             load_weights(self.parts.model, load(folder.sub("checkpoints"), found.step)[0])
             self._note(f"the run has not finished: these are its weights after {found.step} steps")
+
+
+def _name_of(device: torch.device) -> str:
+    """Name what decides in which order kernels add."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"a CPU with {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
 def own_device() -> torch.device:

@@ -186,6 +186,8 @@ class Loop:
 
     def run(self) -> bool:
         """Train; return whether that has come to its end, or to an agreed stop, rather than to a pause."""
+        # All have formed with what is committed, so it is stable; a stop that it leads to must not come a step later.
+        self._outbox.publish(self.state.step, self.state.epoch)
         while True:
             kind = self._next()
             wants_pause = self._transact(kind)
@@ -302,8 +304,7 @@ class Loop:
         wishes = self._wish() or self._outbox.stop_reason is not None
         committed = stepper.run(self.state.step, plan, self._owned, wishes)
         self._outbox.publish(self.state.step, self.state.epoch)
-        self._open = None
-        self._is_spoiled = True
+        self._open, self._is_spoiled = None, True
         self.state.committed += 1
         self._after_step(committed)
         if any(each.stop for each in committed):  # the next ballot tells why
@@ -394,10 +395,8 @@ class Loop:
 
     def _tell(self) -> bytes:
         """Return what the callbacks of rank 0 remembered at the last ballot."""
-        if self._outbox.is_first:
-            told = torch.frombuffer(bytearray(self._voted), dtype=torch.uint8)
-        else:
-            told = torch.zeros(self.state.untold, dtype=torch.uint8)
+        own = self._voted if self._outbox.is_first else bytes(self.state.untold)
+        told = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         self._peers.broadcast(told)
         return told.numpy().tobytes()
 

@@ -24,6 +24,7 @@ from lepton_ray.train.metrics import make_metrics
 from lepton_ray.train.model import Model, TorchModel
 from lepton_ray.train.objective import Objective, StepFn, make_objective
 from lepton_ray.train.optimizers import Optimizers, Schedulers, make_optimizer, make_scheduler
+from lepton_ray.train.ordered import Tree
 from lepton_ray.train.peers import Alone, Background, Peers
 from lepton_ray.train.precision import Scaler
 from lepton_ray.train.reduce import Buckets
@@ -99,6 +100,7 @@ class Parts:
                 precision=spec.precision,
                 clip_norm=spec.batch.clip_norm,
                 buckets=self._buckets,
+                tree=Tree(peers, spec.batch.microbatches or peers.world) if spec.reproducible else None,
                 **common,
             )
             if scaler is not None:
@@ -112,6 +114,7 @@ class Parts:
             seed=spec.seed,
             peers=peers,
             device=self.device,
+            is_exact=spec.reproducible,
         )
 
     def restart(self) -> None:

@@ -24,6 +24,12 @@ class Peers(Protocol):
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Set a contiguous tensor to that of rank 0, in place."""
 
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Send a contiguous tensor to one member."""
+
+    def recv(self, tensor: torch.Tensor, source: int) -> None:
+        """Set a contiguous tensor to what one member sends, in place."""
+
     def explain(self, size_bytes: int) -> str:
         """Say how so many bytes are summed, and why."""
 
@@ -39,6 +45,12 @@ class Alone:
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Rank 0 is the only member."""
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        raise AssertionError("there is nobody to send to")
+
+    def recv(self, tensor: torch.Tensor, source: int) -> None:
+        raise AssertionError("there is nobody to receive from")
 
     def explain(self, size_bytes: int) -> str:
         return "there is one worker"
@@ -62,6 +74,14 @@ class Background:
     def broadcast(self, tensor: torch.Tensor) -> None:
         self.join()
         self._peers.broadcast(tensor)
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        self.join()
+        self._peers.send(tensor, to)
+
+    def recv(self, tensor: torch.Tensor, source: int) -> None:
+        self.join()
+        self._peers.recv(tensor, source)
 
     def explain(self, size_bytes: int) -> str:
         return self._peers.explain(size_bytes)

@@ -21,6 +21,8 @@ from torch import nn
 
 from lepton_ray.collective.tensors import empty
 from lepton_ray.errors import ConfigError
+from lepton_ray.plan.tree import Turn
+from lepton_ray.train.ordered import Aside, Tree
 from lepton_ray.train.peers import Peers
 
 AllReduce = Callable[[torch.Tensor], None]
@@ -66,25 +68,34 @@ class Reducer:
     """Sums the gradients of one copy of the model over one group.
 
     Call order per step: `begin`, one backward per owned microbatch with `arm` before the last, `finish`; then the
-    gradients hold the sum over all workers.
+    gradients hold the sum over all workers. With a tree, `turn` before each backward.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], allreduce: AllReduce | None, buckets: Buckets | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        allreduce: AllReduce | None,
+        buckets: Buckets | None = None,
+        tree: Tree | None = None,
     ) -> None:
-        """allreduce: None when this is the only worker. buckets: of these parameters; None makes them."""
+        """allreduce: None when this is the only worker. buckets: of these parameters; None makes them.
+
+        tree: takes the place of `allreduce`, and sums in its order.
+        """
         self._names = list(parameters)
-        self._allreduce = allreduce
+        self._allreduce, self._tree = allreduce, tree
         buckets = buckets or Buckets(parameters.values())
         self._parameters, self._views, self._bucket_of = buckets.parameters, buckets.views, buckets.bucket_of
         self.buckets = buckets.flat
         self._members = [self._bucket_of.count(b) for b in range(len(self.buckets))]
+        self._aside = [Aside() for _ in self.buckets]
+        self._merges = 0
         self._armed = False
         self._touched: set[int] = set()
         self._ready: set[int] = set()
         self._missing: list[int] = []
         self._next = 0
-        self._sender = _Sender(allreduce) if allreduce and len(self.buckets) > 1 else None
+        self._sender = _Sender(self._sum) if allreduce and len(self.buckets) > 1 else None
         self._hooks = [
             p.register_post_accumulate_grad_hook(lambda _, index=index: self._on_grad(index))
             for index, p in enumerate(self._parameters)
@@ -97,15 +108,25 @@ class Reducer:
 
     def begin(self) -> None:
         """Start a step with gradients of zero."""
-        for bucket in self.buckets:
+        for bucket, aside in zip(self.buckets, self._aside):
             bucket.zero_()
+            aside.clear()
         for p, view in zip(self._parameters, self._views):
             p.grad = view
         self._armed = False
         self._touched.clear()
         self._ready.clear()
         self._missing = list(self._members)
-        self._next = 0
+        self._next = self._merges = 0
+
+    def turn(self, turn: Turn) -> None:
+        """Take a microbatch's turn in the tree."""
+        for bucket, aside in zip(self.buckets, self._aside):
+            aside.merge(bucket, self._merges)
+            if turn.is_apart:
+                aside.put(bucket)
+        self._merges = turn.merges
+        self._ready.clear()
 
     def arm(self) -> None:
         """Say that the coming backward is this worker's last in this step: full buckets may leave."""
@@ -113,12 +134,22 @@ class Reducer:
 
     def finish(self) -> None:
         """Send what has not left yet and wait for all sums. Raises what the collective raised."""
-        if self._allreduce is None or not self.buckets:
+        if not self.buckets:
             return
         self._launch(len(self.buckets) - 1)
         if self._sender:
             self._sender.drain()
-        self._allreduce(self.buckets[-1])
+        for index in range(self._next, len(self.buckets)):
+            self._sum(index)
+
+    def _sum(self, index: int) -> None:
+        """Sum a bucket over all workers."""
+        bucket, aside = self.buckets[index], self._aside[index]
+        if self._tree is not None:
+            aside.merge(bucket, self._merges)
+            self._tree.total(aside.kept, bucket)
+        elif self._allreduce is not None:
+            self._allreduce(bucket)
 
     def untouched(self) -> torch.Tensor | None:
         """Return one flag per parameter that no backward of this worker reached, or None when all were reached."""
@@ -164,14 +195,17 @@ class Reducer:
 
     def _on_grad(self, index: int) -> None:
         self._touched.add(index)
-        if not self._armed or index in self._ready:
-            if index in self._ready and self._bucket_of[index] < self._next:
+        if index in self._ready:
+            if self._tree is not None or self._bucket_of[index] < self._next:
                 raise ConfigError(
-                    f"the gradient of {self._names[index]} arrived twice in one backward, after it had left for the "
-                    "other workers. Pass use_reentrant=False to torch.utils.checkpoint."
+                    f"the gradient of {self._names[index]} arrived twice in one backward, after it had been summed. "
+                    "Pass use_reentrant=False to torch.utils.checkpoint."
                 )
             return
-        self._ready.add(index)
+        if self._armed or self._tree is not None:
+            self._ready.add(index)
+        if not self._armed:
+            return
         self._missing[self._bucket_of[index]] -= 1
         if self._sender:
             full = self._next
@@ -182,8 +216,8 @@ class Reducer:
     def _launch(self, stop: int) -> None:
         """Hand the buckets up to `stop` to the sender, in the order that all workers share."""
         if self._sender:
-            for bucket in self.buckets[self._next : stop]:
-                self._sender.put(bucket)
+            for index in range(self._next, stop):
+                self._sender.put(index)
             self._next = max(self._next, stop)
 
 
@@ -246,17 +280,17 @@ def _groups(parameters: list[nn.Parameter]) -> list[list[int]]:
 
 
 class _Sender:
-    """A thread that sums tensors over the workers in the order in which they are put."""
+    """A thread that sums buckets over the workers in the order in which they are put."""
 
-    def __init__(self, allreduce: AllReduce) -> None:
-        self._allreduce = allreduce
-        self._queue: SimpleQueue[torch.Tensor | threading.Event | None] = SimpleQueue()
+    def __init__(self, total: Callable[[int], None]) -> None:
+        self._total = total
+        self._queue: SimpleQueue[int | threading.Event | None] = SimpleQueue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="lepton-reduce", daemon=True)
         self._thread.start()
 
-    def put(self, tensor: torch.Tensor) -> None:
-        self._queue.put(tensor)
+    def put(self, bucket: int) -> None:
+        self._queue.put(bucket)
 
     def drain(self) -> None:
         """Wait until all that was put is summed; the collective's own time limit bounds the wait."""
@@ -277,6 +311,6 @@ class _Sender:
                 item.set()
             elif self._error is None:
                 try:
-                    self._allreduce(item)
+                    self._total(item)
                 except BaseException as error:  # noqa: BLE001 - it is raised again in the training thread, by `drain`
                     self._error = error

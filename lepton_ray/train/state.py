@@ -54,6 +54,8 @@ class TrainState:
     """A callback has asked for that: the run is complete."""
     digest: str = ""
     """Of the weights that all were found to hold at the end."""
+    kind: str = ""
+    """What all workers run on, where another kind would give other bits."""
     untold: int = 0
     """Bytes that the callbacks of rank 0 remember, and the others do not know."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,14 +13,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lepton_ray.data.batch import Batch, to_device
+from lepton_ray.data.batch import Batch, aligned, to_device
 from lepton_ray.data.feed import Feed, StepPlan
 from lepton_ray.errors import RunFailed
 from lepton_ray.plan.batch import seed_of
+from lepton_ray.plan.tree import PLAIN
 from lepton_ray.train import optimizers
 from lepton_ray.train.buffers import BufferFold
 from lepton_ray.train.model import Model
 from lepton_ray.train.objective import Objective
+from lepton_ray.train.ordered import Tree
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.precision import Scaler, autocast
 from lepton_ray.train.reduce import Buckets, Reducer, over_wire, sum_of
@@ -63,12 +67,18 @@ def seed_everything(seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
 
 
-def fetch(feed: Feed, model: Model, device: torch.device, seed: int, step: int, microbatch: int) -> Batch:
-    """Return a microbatch on the device, with every generator set to the random state that belongs to it."""
+def fetch(
+    feed: Feed, model: Model, device: torch.device, seed: int, step: int, microbatch: int, *, is_exact: bool = False
+) -> Batch:
+    """Return a microbatch on the device, with every generator set to the random state that belongs to it.
+
+    is_exact: its place in memory must make no difference.
+    """
     own_seed = seed_of(seed, step, microbatch)
     seed_everything(own_seed, device)
     model.seed(own_seed)
-    return to_device(feed.fetch(step, microbatch), device)
+    batch = to_device(feed.fetch(step, microbatch), device)
+    return aligned(batch) if is_exact else batch
 
 
 def vote(peers: Peers, values: Sequence[float]) -> list[float]:
@@ -170,15 +180,20 @@ class Stepper:
         clip_norm: float | None = None,
         wire: str = "fp32",
         buckets: Buckets | None = None,
+        tree: Tree | None = None,
     ) -> None:
-        """wire: the number format in which gradients travel. buckets: of this model; None makes them."""
+        """wire: the number format in which gradients travel. buckets: of this model; None makes them.
+
+        tree: the order in which all is summed, if it matters.
+        """
         allreduce = peers.allreduce if peers.world > 1 else None
         self._model, self._objective, self._optimizers = model, objective, optimizers
         self._feed, self._peers, self._device, self._seed = feed, peers, device, seed
         self._precision, self._clip_norm = precision, clip_norm
         self.scaler = Scaler() if precision == "fp16" else None
-        self._reducer = Reducer(model.parameters(), over_wire(peers, wire), buckets)
-        self._buffers = BufferFold(model.buffers(), allreduce)
+        self._tree = tree
+        self._reducer = Reducer(model.parameters(), over_wire(peers, wire), buckets, tree)
+        self._buffers = BufferFold(model.buffers(), allreduce, tree)
         self._extras = Extras(peers)
         self._open: _Open | None = None
 
@@ -190,23 +205,26 @@ class Stepper:
         self._feed.fetched.forget()
         self._reducer.begin()
         begin_buffers(self._buffers, plan)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        weight = 0.0
+        if self._tree is not None:
+            self._tree.begin(sum(size > 0 for size in plan.sizes))
+        losses = torch.zeros(len(plan.sizes), dtype=torch.float64, device=self._device)
+        weights = [0.0] * len(plan.sizes)
         extra: dict[str, list[float]] = {}
         owned = [m for m in owned if plan.sizes[m]]
         # Over the samples, so that gradients have the size that they have under torch's scaler: that of a mean.
         scale = self.scaler.scale / plan.samples if self.scaler else 1.0
         for m in owned:
-            batch = fetch(self._feed, self._model, self._device, self._seed, step, m)
+            turn = PLAIN if self._tree is None else self._tree.turn(m)
+            self._reducer.turn(turn)
+            batch = fetch(self._feed, self._model, self._device, self._seed, step, m, is_exact=self._tree is not None)
             self._buffers.enter()
             with autocast(self._precision, self._device):
                 outcome = self._objective(self._model, batch)
             if m == owned[-1]:
                 self._reducer.arm()
             (outcome.loss_sum * scale if self.scaler else outcome.loss_sum).backward()
-            self._buffers.leave(m)
-            loss_sum += outcome.loss_sum.detach()
-            weight += outcome.weight
+            self._buffers.leave(m, turn)
+            losses[m], weights[m] = outcome.loss_sum.detach(), outcome.weight
             for name, (total, share) in outcome.extra.items():
                 sums = extra.setdefault(name, [0.0, 0.0])
                 sums[0], sums[1] = sums[0] + float(total), sums[1] + share
@@ -214,9 +232,9 @@ class Stepper:
         self._buffers.reduce()
         untouched = self._reducer.untouched()
         # The same bits on every worker, and read together with the loss.
-        own_sum, gradients = torch.stack([loss_sum, sum_of(self._reducer.buckets)]).tolist()
+        *told, gradients = torch.cat([losses, sum_of(self._reducer.buckets).reshape(1)]).tolist()
         work = self._feed.fetched.work(len(plan.sizes))
-        numbers = [float(untouched is not None), own_sum, weight, *work, *self._extras.numbers(extra)]
+        numbers = [float(untouched is not None), *told, *weights, *work, *self._extras.numbers(extra)]
         self._open = _Open(step, scale, gradients, untouched, numbers, len(plan.sizes))
         return numbers
 
@@ -237,7 +255,10 @@ class Stepper:
         """Make the update that the workers agreed on; return the step. Raises RunFailed when it is not finite."""
         done, self._open = self._open, None
         assert done is not None
-        _, loss_sum, weight, *told = ballot
+        count = done.microbatches
+        # Each is of one worker: their sums are the same whoever that was.
+        loss_sum, weight = _total(ballot[1 : 1 + count]), _total(ballot[1 + count : 1 + 2 * count])
+        told = ballot[1 + 2 * count :]
         committed = read_step_ballot(loss_sum, weight, told, done.microbatches, self._extras)
         if done.unused is not None:
             self._reducer.drop(done.unused)
@@ -284,6 +305,10 @@ def read_step_ballot(
     """Read what the workers told of their work and beside their loss."""
     work, extra = told[: 2 * microbatches], told[2 * microbatches :]
     return Committed(loss_sum=loss_sum, weight=weight, work=work, extra=extras.means(extra))
+
+
+def _total(values: Sequence[float]) -> float:
+    return functools.reduce(operator.add, values, 0.0)  # `sum` rounds otherwise from Python 3.12 on
 
 
 def _skipped(committed: Committed) -> Committed:

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from lepton_ray import Checkpoints, ConfigError, Elastic, Faults, Job, RunFailed, Sync, WorkerFailed
+from lepton_ray import Batch, Checkpoints, ConfigError, Elastic, Faults, Job, RunFailed, Sync, WorkerFailed
 from lepton_ray.result import Result
 from tests.faults.scene import (
+    BATCH,
     LIMIT_S,
+    MICROBATCHES,
     PATIENT,
     STEPS,
     STEPS_PER_EPOCH,
@@ -147,6 +149,23 @@ def test_a_run_is_resized_while_it_trains(storage: str, calm: torch.Tensor) -> N
     assert (result.receipt.samples_lost, result.receipt.samples_repeated) == (0, 0)
     torch.testing.assert_close(weights(result), calm, rtol=1e-9, atol=1e-12)
     assert [record["workers"] for record in records(job, "generation")] == [[0, 1], [0]]
+
+
+def test_a_reproducible_run_ends_with_the_bits_of_a_lone_worker(ray_cluster: None, storage: str) -> None:
+    """Whoever died and whoever left: BatchNorm, dropout, clipping and a short last batch included."""
+    batch = Batch(samples=BATCH, microbatches=MICROBATCHES, clip_norm=0.5)
+    alone = scene(storage, "alone", num_workers=1, reproducible=True, batch=batch).wait(LIMIT_S)
+    happening = Happening(die, "forward", 1, STEPS_PER_EPOCH + 2, f"{storage}.happened")
+    job = scene(storage, "job", happening, num_workers=3, reproducible=True, batch=batch, pace_s=0.02)
+    Paced(job, {2 * STEPS_PER_EPOCH: lambda pids: job.resize(1)})
+    result = job.wait(LIMIT_S)
+    assert os.path.exists(happening.flag)
+    assert_nothing_lost(job, result, weights(alone))
+    assert result.receipt.weights_sha256 == alone.receipt.weights_sha256
+    assert result.metrics == alone.metrics
+    sizes = [len(record["workers"]) for record in records(job, "generation")]
+    assert (sizes[0], sizes[-1]) == (3, 1)
+    assert len(sizes) >= 3
 
 
 def test_newcomers_copy_the_state_of_a_sibling(storage: str, calm: torch.Tensor) -> None:

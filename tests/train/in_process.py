@@ -42,6 +42,12 @@ class ThreadPeers:
         self.calls += 1
         self._group.broadcast(tensor.detach().view(-1).numpy())
 
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        self._group.send(tensor.detach().view(-1).numpy(), to)
+
+    def recv(self, tensor: torch.Tensor, source: int) -> None:
+        self._group.recv(tensor.detach().view(-1).numpy(), source)
+
     def explain(self, size_bytes: int) -> str:
         return self._group.explain(size_bytes)
 
