@@ -207,8 +207,8 @@ class Stepper:
         begin_buffers(self._buffers, plan)
         if self._tree is not None:
             self._tree.begin(sum(size > 0 for size in plan.sizes))
-        losses = torch.zeros(len(plan.sizes), dtype=torch.float64, device=self._device)
-        weights = [0.0] * len(plan.sizes)
+        losses: list[torch.Tensor] = []
+        told, weights = [0.0] * len(plan.sizes), [0.0] * len(plan.sizes)
         extra: dict[str, list[float]] = {}
         owned = [m for m in owned if plan.sizes[m]]
         # Over the samples, so that gradients have the size that they have under torch's scaler: that of a mean.
@@ -224,15 +224,18 @@ class Stepper:
                 self._reducer.arm()
             (outcome.loss_sum * scale if self.scaler else outcome.loss_sum).backward()
             self._buffers.leave(m, turn)
-            losses[m], weights[m] = outcome.loss_sum.detach(), outcome.weight
+            losses.append(outcome.loss_sum.detach().double())
+            weights[m] = outcome.weight
             for name, (total, share) in outcome.extra.items():
                 sums = extra.setdefault(name, [0.0, 0.0])
                 sums[0], sums[1] = sums[0] + float(total), sums[1] + share
         self._reducer.finish()
         self._buffers.reduce()
         untouched = self._reducer.untouched()
-        # The same bits on every worker, and read together with the loss.
-        *told, gradients = torch.cat([losses, sum_of(self._reducer.buckets).reshape(1)]).tolist()
+        # The last has the same bits on every worker, and is read together with the losses.
+        *found, gradients = torch.stack([*losses, sum_of(self._reducer.buckets)]).tolist()
+        for m, loss in zip(owned, found):
+            told[m] = loss
         work = self._feed.fetched.work(len(plan.sizes))
         numbers = [float(untouched is not None), *told, *weights, *work, *self._extras.numbers(extra)]
         self._open = _Open(step, scale, gradients, untouched, numbers, len(plan.sizes))
