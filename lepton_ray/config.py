@@ -122,6 +122,11 @@ class Faults:
     settle_timeout_s: float = 30
     """Longest time that a worker may take to leave a step that the others have left."""
 
+    mirror_every: int | None = None
+    """Steps between copies of the training state into the memory of another process, from which the run goes on when
+    no worker is left that holds it. None: 10 where there is another node to hold them, fewer where they are large; on
+    a single node none. 0: none."""
+
     collective_timeout_s: float = 60
     """Longest time that a collective waits for a peer without progress."""
     start_timeout_s: float = 120
@@ -136,6 +141,9 @@ class Faults:
             _positive("Faults", name, getattr(self, name), least=0.1)
         if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
             raise ConfigError(f"Faults(retries={self.retries!r}): expected a whole number >= 0.")
+        every = self.mirror_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 0):
+            raise ConfigError(f"Faults(mirror_every={every!r}): expected a whole number >= 0, or None.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from lepton_ray.cluster.names import CALL_TIMEOUT_S, named_actor
 from lepton_ray.cluster.order import Order
 from lepton_ray.cluster.places import Held
+from lepton_ray.cluster.vault import Vaults
 from lepton_ray.cluster.worker import Assignment, Formation, new_worker
 from lepton_ray.plan.adopt import At, Word
 from lepton_ray.plan.events import Event, Failure, Form, Lost, Ready
@@ -50,6 +51,9 @@ class Crew:
         self._actors: dict[int, Any] = {}
         self._built: set[int] = set()
         """Those that have the model."""
+        self._nodes: dict[int, str] = {}
+        """Ids of the nodes that they are on."""
+        self._vaults = Vaults(order.faults.mirror_every if order.mode == "train" and order.most else 0)
         self._asked_s: dict[int, float] = {}
         """Since when an answer is waited for."""
 
@@ -58,6 +62,7 @@ class Crew:
 
     def start(self, workers: Iterable[int], refs: Mapping[str, Any]) -> None:
         """Create the workers that are not warm yet, take the lease on all, and have them build the model."""
+        self._spawn(self._vaults.look())
         for number in workers:
             held = self.held[number // self._order.size]
             actor = self._actors[number] = held.actor or new_worker(held)
@@ -72,6 +77,7 @@ class Crew:
 
     async def words(self) -> dict[int, Word]:
         """Ask the workers in the places that are held where they stand."""
+        self._spawn(self._vaults.look())
         words: dict[int, Word] = {}
         for replica, held in self.held.items():
             actor = named_actor(held.name)
@@ -82,6 +88,7 @@ class Crew:
             self._built.add(number)
             try:
                 words[number] = await asyncio.wait_for(actor.word.remote(), WORD_S)
+                self._nodes[number] = await asyncio.wait_for(actor.ping.remote(), WORD_S)
             except (ActorUnavailableError, asyncio.TimeoutError):
                 words[number] = Word(at=At.STARTING)
                 self._built.discard(number)
@@ -108,6 +115,7 @@ class Crew:
             group=f"{self._order.name}/{form.generation}/{os.getpid()}",
             since_step=since_step,
             collective_timeout_s=self._order.faults.collective_timeout_s,
+            mirrors=self._vaults.beside(self._nodes.get(form.members[0])),
         )
         sources = (form.sources or {}).values()
         self.order(dict.fromkeys([*form.members, *sources]), "form", formation)
@@ -140,6 +148,7 @@ class Crew:
                 self._tell(Lost(number, found.message, found))
             case dict():
                 self._built.add(number)
+                self._nodes[number] = found.pop("node_id")
                 self._write([{"event": "worker", **found}])
                 self._tell(Ready(number))
             case _:
@@ -190,6 +199,7 @@ class Crew:
         calls = [actor.finish.remote() for number, actor in self._actors.items() if number in self._built]
         if calls:
             await asyncio.wait([asyncio.ensure_future(_quietly(call)) for call in calls], timeout=LAST_WORDS_S)
+        self._vaults.end()
 
     async def dismiss(self, replicas: Iterable[int], heir: Any) -> dict[str, Any]:
         """Let go of replicas; return the actors that are as good as new, by the names of their places.

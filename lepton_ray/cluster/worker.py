@@ -23,6 +23,7 @@ from lepton_ray.cluster.logs import user_traceback, written_to
 from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE
 from lepton_ray.cluster.places import Held
 from lepton_ray.cluster.reporter import Reporter
+from lepton_ray.cluster.vault import FilledVaults
 from lepton_ray.errors import ConfigError, PeerLost, RunFailed, WaitTimeout
 from lepton_ray.plan.adopt import At, Word
 from lepton_ray.plan.events import Failure, Form, Formed, Left
@@ -68,6 +69,7 @@ class Formation:
     since_step: int
     """The first step that the journal has no record of."""
     collective_timeout_s: float
+    mirrors: FilledVaults | None
 
 
 class Worker:
@@ -120,8 +122,9 @@ class Worker:
         """Name who is to be alive for this process to go on."""
         self._holder, self._lease_s = holder, lease_s
 
-    def ping(self) -> None:
-        """Answer: this process lives."""
+    def ping(self) -> str:
+        """Answer, with the id of the node: this process lives."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def prepare(self) -> None:
         """Wait until everything is imported."""
@@ -162,6 +165,7 @@ class Worker:
         return {
             "worker": assignment.worker,
             "node": ray.util.get_node_ip_address(),
+            "node_id": self.ping(),
             "pid": os.getpid(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(job.own_device()),
         }
@@ -191,7 +195,8 @@ class Worker:
         self._leave_group()
         if self._number in form.members:
             self._peers = self._meet(formation.group, form.members, formation.collective_timeout_s)
-            self._task.join(self._peers, form.generation, is_fresh=settlement is None, since_step=formation.since_step)
+            is_fresh, since, mirrors = settlement is None, formation.since_step, formation.mirrors
+            self._task.join(self._peers, form.generation, is_fresh=is_fresh, since_step=since, mirrors=mirrors)
         for coordinate, source in sources.items():
             takers = [w for w in form.members if w % formation.size == coordinate and w not in holders]
             if takers and self._number in (source, *takers):

@@ -9,7 +9,7 @@ ballot's result as the others got it. Where nobody has committed, all discard wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -72,6 +72,16 @@ def siblings(holders: Iterable[int], size: int) -> dict[int, int] | None:
     for worker in holders:
         found.setdefault(worker % size, worker)
     return found if len(found) == size else None
+
+
+def mirror_node(own: str, nodes: Collection[str], current: str | None, *, is_asked: bool) -> str | None:
+    """Choose the node whose memory is to hold the state of a worker on node `own`; None for none.
+
+    nodes: those that live. current: the one that was chosen last, which is kept where it will do. is_asked: the user
+    wants a mirror, so that one in another process of the same node is better than none.
+    """
+    others = {*nodes}.difference([own]) or ({*nodes} if is_asked else set())
+    return current if current in others else min(others, default=None)
 
 
 def workers_of(replica: int, size: int) -> range:

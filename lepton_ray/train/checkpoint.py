@@ -141,7 +141,7 @@ class Checkpointer:
             beside=beside or (),
             began_s=began_s,
             waited_s=waited_s,
-            ready=_copy(all_tensors, plan, self._buffer),
+            ready=copy_into(all_tensors, plan, self._buffer),
         )
         copy.blocked_s = time.perf_counter() - began_s
         self._buffer_user = self._submit(lambda: self._write(copy, after))
@@ -302,7 +302,7 @@ def _together(tensors: Mapping[str, Tensor], state: Any) -> tuple[dict[str, Tens
     return both, flatten(state, "state", both)
 
 
-def _copy(tensors: Mapping[str, Tensor], plan: FilePlan, buffer: Tensor) -> torch.Event | None:
+def copy_into(tensors: Mapping[str, Tensor], plan: FilePlan, buffer: Tensor) -> torch.Event | None:
     """Copy tensors into the buffer. Copies from a device run behind its queue; the event says when they are done."""
     device = None
     with torch.no_grad():

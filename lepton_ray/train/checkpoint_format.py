@@ -189,11 +189,25 @@ class Manifest:
 
 def write_own(folder: Folder, step: int, rank: int, state: Any) -> File:
     """Write what only one worker holds, for the manifest of rank 0 to name. state: as that of a checkpoint."""
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(flatten(state, "own", tensors)).encode()
-    tensors[_STATE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    tensors = together({}, state)
     plan = plan_file(tensors)
     return write_file(step_folder(folder, step), f"worker-{rank}", plan.head, [tensors[s.name] for s in plan.spans])
+
+
+def together(tensors: Mapping[str, Tensor], state: Any) -> dict[str, Tensor]:
+    """Return the tensors of a file that holds a state as well."""
+    both = dict(tensors)
+    text = json.dumps(flatten(state, "state", both)).encode()
+    return {**both, _STATE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+
+def apart(tensors: dict[str, Tensor], path: str) -> tuple[dict[str, Tensor], Any]:
+    """Return what `together` was given. Raises CheckpointError."""
+    try:
+        state = json.loads(tensors.pop(_STATE).numpy().tobytes())
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no state of a worker ({error}).") from error
+    return _rebuild(state, tensors, path)
 
 
 class ForeignManifest(CheckpointError):
@@ -347,12 +361,7 @@ def load_own(folder: Folder, step: int, rank: int) -> Any:
     for file in manifest.files:
         found = _WORKER.fullmatch(file.name)
         if found and int(found[1]) == rank:
-            tensors = _read_tensors(at, file)
-            try:
-                state = json.loads(tensors.pop(_STATE).numpy().tobytes())
-            except (KeyError, ValueError) as error:
-                raise CheckpointError(f"{at.url}/{file.name} holds no state of a worker ({error}).") from error
-            return _rebuild(state, tensors, f"{at.url}/{file.name}")[1]
+            return apart(_read_tensors(at, file), f"{at.url}/{file.name}")[1]
     raise CheckpointError(f"{at.url}/{MANIFEST} names no file of worker {rank}.")
 
 
@@ -367,10 +376,15 @@ def _manifest_of(folder: Folder, step: int) -> Manifest:
 def _read_tensors(at: Folder, file: File) -> dict[str, Tensor]:
     data = torch.empty(file.size_bytes, dtype=torch.uint8)
     _check_file(at, file, data)
+    return parse(data, f"{at.url}/{file.name}")
+
+
+def parse(data: Tensor, path: str) -> dict[str, Tensor]:
+    """View the tensors of a whole safetensors file. Raises CheckpointError."""
     try:
         return _parse(data)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{at.url}/{file.name} is not a safetensors file ({error}).") from error
+        raise CheckpointError(f"{path} is not a safetensors file ({error}).") from error
 
 
 def _rebuild(state: Any, tensors: Mapping[str, Tensor], path: str) -> tuple[dict[str, Tensor], Any]:

@@ -17,6 +17,7 @@ from lepton_ray.train import weights
 from lepton_ray.train.checkpoint_format import load, newest
 from lepton_ray.train.evaluate import predict
 from lepton_ray.train.loop import Loop
+from lepton_ray.train.mirror import Mirrors
 from lepton_ray.train.outbox import Report
 from lepton_ray.train.parts import load_weights, make_parts
 from lepton_ray.train.peers import Background, Peers
@@ -103,7 +104,15 @@ class Task:
         assert self.loop is not None
         self.loop.copy_in(*take(peers, self.loop.room()))
 
-    def join(self, peers: Peers, generation: int, *, is_fresh: bool = True, since_step: int = 0) -> None:
+    def join(
+        self,
+        peers: Peers,
+        generation: int,
+        *,
+        is_fresh: bool = True,
+        since_step: int = 0,
+        mirrors: Mirrors | None = None,
+    ) -> None:
         """Take a place in a generation; see `Loop.join`."""
         if self._spec.sync.is_local:
             peers = Background(peers)
@@ -119,7 +128,7 @@ class Task:
         for text in notes:
             self._note(text)
         if self.loop is not None:
-            self.loop.join(peers, generation, is_fresh=is_fresh, since_step=since_step)
+            self.loop.join(peers, generation, is_fresh=is_fresh, since_step=since_step, mirrors=mirrors)
             if self._spec.reproducible and is_fresh:
                 self._check_kind(self.loop.state.kind or self._kind)
                 self.loop.state.kind = self._kind

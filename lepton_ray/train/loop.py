@@ -23,6 +23,7 @@ from lepton_ray.errors import RunFailed
 from lepton_ray.plan.batch import own
 from lepton_ray.plan.recover import Position
 from lepton_ray.train.local_step import LocalStepper
+from lepton_ray.train.mirror import Mirrors
 from lepton_ray.train.outbox import Outbox, Report
 from lepton_ray.train.own_files import File
 from lepton_ray.train.parts import Parts
@@ -100,27 +101,26 @@ class Loop:
 
     # --- generations -------------------------------------------------------------------------------------------------
 
-    def join(self, peers: Peers, generation: int, *, is_fresh: bool, since_step: int = 0) -> None:
+    def join(self, peers: Peers, generation: int, *, is_fresh: bool, since_step: int, mirrors: Mirrors | None) -> None:
         """Take a place in a generation; the stepper is bound to it.
 
         is_fresh: nobody holds the state of the training, so all load it, or begin. since_step: the first step that the
-        journal has no record of.
+        journal has no record of. mirrors: see `Saver.join`.
         """
         self._peers, self._generation, self._since_step = peers, generation, since_step
         self._owned = own(self._spec.batch.microbatches or peers.world, [1.0] * peers.world)[peers.rank]
         if peers.rank == 0 and not self._outbox.is_first and not is_fresh:
             self._outbox.take_over()
         self._outbox.is_first = peers.rank == 0
-        self._saver.join(peers.world)
+        self._saver.join(peers.world, mirrors)
         self._parts.model.train(True)
         if not is_fresh:
             self._outbox.publish_again(since_step)
             return
         self._is_spoiled = True
         self._done.clear()
-        if self._saver.resume(peers):
+        if self._saver.resume(peers, generation):
             self._feed.seek(self.state.step)
-            self._outbox.now("resumed", step=self.state.step, epoch=self.state.epoch, generation=generation)
         else:
             if self._has_begun:
                 self._parts.restart()
@@ -186,7 +186,7 @@ class Loop:
 
     def run(self) -> bool:
         """Train; return whether that has come to its end, or to an agreed stop, rather than to a pause."""
-        # All have formed with what is committed, so it is stable; a stop that it leads to must not come a step later.
+        # Stable, as all have formed with it. A stop that it leads to must not come later than in a calm run.
         self._outbox.publish(self.state.step, self.state.epoch)
         while True:
             kind = self._next()
@@ -262,6 +262,8 @@ class Loop:
                 self._outbox.told = self._found
             case Kind.SAVE:
                 self._saver.save(self._generation, self._found)
+            case Kind.MIRROR:
+                self._saver.mirror(self._generation)
             case Kind.FINALIZE:
                 self._finalized()
             case Kind.COMPARE:
@@ -329,6 +331,8 @@ class Loop:
             state.todo += [Kind.EPOCH, Kind.SETTLE, Kind.SETTLE]
         if self._is_due(limits.every_steps, is_epoch_end):
             state.todo.append(Kind.SAVE)
+        elif self._saver.is_mirror_due():
+            state.todo.append(Kind.MIRROR)
         self._saver.make_room()
 
     def _is_due(self, every: int | None, is_epoch_end: bool) -> bool:

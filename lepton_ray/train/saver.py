@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
+
+import torch
 
 from lepton_ray.storage import Folder
 from lepton_ray.train.checkpoint import Checkpointer
 from lepton_ray.train.checkpoint_format import File, load, load_own, newest
+from lepton_ray.train.mirror import Mirror, Mirrors, read
 from lepton_ray.train.outbox import Outbox
 from lepton_ray.train.own_files import write_files
 from lepton_ray.train.parts import Parts
@@ -15,6 +19,7 @@ from lepton_ray.train.peers import Peers
 from lepton_ray.train.spec import TrainSpec
 from lepton_ray.train.state import TrainState
 from lepton_ray.train.step import vote
+from lepton_ray.train.transfer import give, take
 from lepton_ray.train.weights import write_weights
 
 WRITE_OUT_S = 8.0
@@ -34,11 +39,17 @@ class Saver:
         self._folder = Folder(spec.run_url)
         self._checkpoints = self._folder.sub("checkpoints")
         self._checkpointer: Checkpointer | None = None
+        self._mirrors: Mirrors | None = None
+        self._mirror: Mirror | None = None
         self._has_room = False
         self._saved_step = -1
 
-    def join(self, world: int) -> None:
-        """Take part in a generation: whoever has rank 0 writes from now on, and nobody else."""
+    def join(self, world: int, mirrors: Mirrors | None = None) -> None:
+        """Take part in a generation: whoever has rank 0 writes from now on, and nobody else.
+
+        mirrors: where and how often the state is mirrored; all know it, so that all take part in the ballot.
+        """
+        self._mirrors = None if self._spec.sync.is_local else mirrors
         if not self._outbox.is_first:
             self.close(0.0)
             return
@@ -74,12 +85,7 @@ class Saver:
         if self._checkpointer is None or self._saved_step == self._state.step:
             return
         step = self._state.step
-        tensors, state = self._parts.state()
-        state |= {
-            "loop": self._state.plain(),
-            "callbacks": self._outbox.states(),
-            "stop_reason": self._outbox.stop_reason,
-        }
+        tensors, state = self._whole()
         is_local = self._spec.sync.is_local
         with self._parts.shared():
             is_saved = self._checkpointer.save(
@@ -93,28 +99,57 @@ class Saver:
         if is_saved or is_local:  # where all save together, all must try again, or nobody
             self._saved_step = step
 
+    def _whole(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return all that a run needs to go on."""
+        tensors, state = self._parts.state()
+        beside = {"callbacks": self._outbox.states(), "stop_reason": self._outbox.stop_reason}
+        return tensors, {**state, "loop": self._state.plain(), **beside}
+
+    def is_mirror_due(self) -> bool:
+        """Tell whether the state after this step is to be mirrored."""
+        return self._mirrors is not None and self._state.step % self._mirrors.every == 0
+
+    def mirror(self, generation: int) -> None:
+        """Copy the state after a stable step; it is sent in the background."""
+        if self._mirrors is not None and self._outbox.is_first:
+            step = self._state.step
+            self._mirror = self._mirror or Mirror()
+            self._mirror.save(self._mirrors, generation, step, *self._whole(), lambda: self._record(step))
+
     def save_own(self, peers: Peers) -> list[File] | None:
         """Let the other workers write what only they hold; all call this together."""
         is_ready = self._checkpointer is None or self._checkpointer.is_idle()
         return write_files(self._checkpoints, self._state.step, self._parts.own_state, peers, is_ready=is_ready)
 
-    def resume(self, peers: Peers) -> bool:
-        """Load the newest valid checkpoint, the one that rank 0 chooses; return whether there is one."""
+    def resume(self, peers: Peers, generation: int) -> bool:
+        """Load the newest state, mirrored or checkpoint, that rank 0 finds; return whether there is one."""
         # All look, since all would wait for one that does: it reads the checkpoint to the end.
         found, problems = newest(self._checkpoints)
-        step = int(vote(peers, [found.step + 1 if found and peers.rank == 0 else 0])[0]) - 1
+        step = found.step if found else -1
+        mirrored = self._mirrors.fetch(above=step) if self._mirrors and peers.rank == 0 else None
+        told = [step + 1, mirrored is not None] if peers.rank == 0 else [0, 0]
+        step, is_mirrored = (int(number) for number in vote(peers, told))
+        step -= 1
         for problem in problems:
             self._outbox.now("checkpoint_refused", reason=problem)
-        if step < 0:
+        if is_mirrored:
+            whole = None if mirrored is None else read(mirrored[1])
+            if whole is not None:
+                give(peers, *whole)
+            tensors, state = whole or take(peers)
+        elif step >= 0:
+            tensors, state = load(self._checkpoints, step)
+        else:
             return False
-        tensors, state = load(self._checkpoints, step)
         if self._spec.sync.is_local and peers.rank > 0:
             state |= load_own(self._checkpoints, step, peers.rank)
         self._parts.load(tensors, state)
         self._state.load({**state["loop"], "todo": [], "untold": 0, "is_stopping": state["loop"]["is_done"]})
         self._outbox.stop_reason = state["stop_reason"]
         self._outbox.load_states(state["callbacks"])
-        self._saved_step = step
+        self._saved_step = -1 if is_mirrored else step
+        place = {"step": self._state.step, "epoch": self._state.epoch, "generation": generation}
+        self._outbox.now("resumed", **place, origin="mirror" if is_mirrored else "checkpoint")
         return True
 
     def finish(self, generation: int, is_complete: bool) -> None:
@@ -130,6 +165,9 @@ class Saver:
 
     def close(self, limit_s: float) -> None:
         """End the thread that writes, when it has written what it has; it is waited for so long."""
+        if self._mirror is not None:
+            mirror, self._mirror = self._mirror, None
+            mirror.close()
         if self._checkpointer is not None:
             checkpointer, self._checkpointer = self._checkpointer, None
             checkpointer.close(limit_s)

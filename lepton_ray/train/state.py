@@ -19,6 +19,7 @@ class Kind(str, Enum):
     TELL = "tell"
     """The others take over what the callbacks of rank 0 remember."""
     SAVE = "save"
+    MIRROR = "mirror"
     FINALIZE = "finalize"
     """The weights that a run ends with take their place."""
     COMPARE = "compare"

@@ -124,6 +124,25 @@ def test_local_steps_go_on_from_the_checkpoint_as_if_nothing_had_happened(storag
     assert [record["step"] for record in records(job, "resumed")] == [5]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_when_all_die_the_run_goes_on_from_the_mirror(workers: int, storage: str, calm: torch.Tensor) -> None:
+    every, last = 4, 10
+    faults = replace(PATIENT, mirror_every=every)
+    rare = Checkpoints(every_steps=5 * STEPS)
+    job = scene(storage, "job", num_workers=workers, pace_s=0.05 * workers, faults=faults, checkpoints=rare)
+    Paced(job, {last: _kill_all})
+    result = job.wait(LIMIT_S)
+    assert_nothing_lost(job, result, calm, redone=every + 1)
+    (resumed,) = records(job, "resumed")
+    assert resumed["origin"] == "mirror"
+    assert last - every <= resumed["step"] <= last + 2
+
+
+def _kill_all(pids: dict[int, int]) -> None:
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
+
+
 class Paced:
     """Follows a job, and acts at steps."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lepton_ray.plan.recover import Position, settle, siblings, workers_of
+from lepton_ray.plan.recover import Position, mirror_node, settle, siblings, workers_of
 
 
 def at(committed: int, is_reduced: bool = False) -> Position:
@@ -95,3 +95,20 @@ def test_survivors_of_one_ballot_all_keep_their_state(committed: int, has: list[
     assert found is not None
     assert found.holders == set(positions)
     assert found.committed == committed + any(has)
+
+
+# --- mirrors ----------------------------------------------------------------------------------------------------------
+
+NODES = st.sets(st.sampled_from("abcd"), min_size=1)
+
+
+@given(st.sampled_from("abcd"), NODES, st.none() | st.sampled_from("abcd"), st.booleans())
+def test_a_mirror_is_on_another_node_where_there_is_one(
+    own: str, nodes: set[str], current: str | None, is_asked: bool
+) -> None:
+    found = mirror_node(own, nodes, current, is_asked=is_asked)
+    if nodes - {own}:
+        assert found in nodes - {own}
+        assert found == current or current not in nodes - {own}
+    else:
+        assert found == (own if is_asked else None)
