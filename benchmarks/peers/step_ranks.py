@@ -43,7 +43,7 @@ def by_hand(run: Run, peers: Any, microbatches: int) -> Callable[[], object]:
     x, y = (torch.from_numpy(array)[peers.rank :: run.workers] for array in run.data())
     model = make_model(run)
     optimizer = make_optimizer(model)
-    reducer = Reducer(dict(model.named_parameters()), peers.allreduce, peers.empty)
+    reducer = Reducer(dict(model.named_parameters()), peers.allreduce)
     count = itertools.count()
 
     def step() -> None:

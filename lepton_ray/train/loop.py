@@ -9,10 +9,8 @@ itself. So workers that are torn apart differ by one transaction at most, and th
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,32 +29,13 @@ from lepton_ray.train.peers import Peers
 from lepton_ray.train.reduce import sum_of
 from lepton_ray.train.saver import Saver
 from lepton_ray.train.spec import TrainSpec
+from lepton_ray.train.speed import Speed
 from lepton_ray.train.state import Kind, TrainState
 from lepton_ray.train.step import Committed, Stepping, vote
 from lepton_ray.train.weights import weights_digest
 
-SPEED_WINDOW_S = 2.0
-"""Samples per second are measured over at least so long, or since the last record that carried them."""
 _HEAD = 4
 """Numbers at the head of each ballot: wishes to stop, for a callback, to pause; bytes to tell of."""
-
-
-@dataclass(slots=True)
-class _Speed:
-    """Samples per second, as a figure that does not jump with every step."""
-
-    since_s: float = field(default_factory=time.perf_counter)
-    samples: int = 0
-    value: float = 0.0
-
-    def add(self, samples: int) -> float:
-        self.samples += samples
-        elapsed_s = time.perf_counter() - self.since_s
-        if elapsed_s >= SPEED_WINDOW_S or not self.value:
-            self.value = round(self.samples / max(elapsed_s, 1e-9), 1)
-        if elapsed_s >= SPEED_WINDOW_S:
-            self.since_s, self.samples = time.perf_counter(), 0
-        return self.value
 
 
 class Loop:
@@ -80,7 +59,7 @@ class Loop:
         self.state = TrainState()
         self._outbox = Outbox(report, parts.callbacks, spec.name, spec.run_url)
         self._saver = Saver(spec, parts, self.state, self._outbox, record)
-        self._speed = _Speed()
+        self._speed = Speed()
         self._generation = 0
         self._owned = range(0)
         self._done: deque[tuple[int, int, float]] = deque()

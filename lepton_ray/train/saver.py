@@ -136,7 +136,7 @@ class Saver:
             whole = None if mirrored is None else read(mirrored[1])
             if whole is not None:
                 give(peers, *whole)
-            tensors, state = whole or take(peers)
+            tensors, state = whole or take(peers, self._parts.model.state())
         elif step >= 0:
             tensors, state = load(self._checkpoints, step)
         else:

@@ -78,8 +78,8 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(2)
-        self.table = nn.Embedding(8, CLASSES).double()
+        generator = torch.Generator().manual_seed(2)  # torch's own is shared by the threads that are workers here
+        self.table = nn.Embedding.from_pretrained(torch.randn(8, CLASSES, generator=generator).double(), freeze=False)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.table(tokens.clamp(min=0)), tokens >= 0
