@@ -29,7 +29,7 @@ from ranks import Ranks, ranks
 WORKERS = 2
 WARM_STEPS = 5  # as in peers/workload.py
 MICROBATCHES = (1, 2, 4)
-TURNS = 4
+TURNS = 3
 """Of each kind of step in a round."""
 STEPS = {"cnn": 5, "mlp": 2}
 RUN_STEPS = {"cnn": 40, "mlp": 20}
