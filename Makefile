@@ -10,7 +10,7 @@ BENCHMARKS := first_step throughput checkpoint_stall report_cost memory allreduc
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # all targets share .venv, and tests measure time
-.PHONY: help demo test check sim lint format bench conformance conformance-ray clean
+.PHONY: help demo test check sim soak lint format bench conformance conformance-ray clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ check: lint ## lint and run the fast tests
 
 sim: $(VENV)/.dev ## drive the planner through 10,000 made-up lives with faults
 	$(BIN)/python -m lepton_ray.sim.drive --seeds 10000
+
+soak: $(VENV)/.dev ## disturb a run for five minutes, and 200 small ones at random (a quarter of an hour)
+	$(BIN)/python -m tests.faults.soak
 
 lint: $(VENV)/.dev ## check style, types and import layers
 	$(BIN)/ruff check .

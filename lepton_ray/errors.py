@@ -53,6 +53,21 @@ class CheckpointError(LeptonError):
 class PeerLost(LeptonError, ConnectionError):
     """A collective lost a peer, or was aborted."""
 
+    peer: int | None = None
+    """The rank that is silent, where it is sure that the connection to it is the cause."""
+
 
 class WaitTimeout(LeptonError, TimeoutError):
     """A wait met its limit. The message says what it waited for."""
+
+    peer: int | None = None
+    """As for PeerLost."""
+
+
+def silent_peer(error: BaseException | None) -> int | None:
+    """Return the rank whose silence is at the bottom of an error, if that is it."""
+    while error is not None:
+        if isinstance(error, (PeerLost, WaitTimeout)) and error.peer is not None:
+            return error.peer
+        error = error.__cause__
+    return None

@@ -10,6 +10,7 @@ The JSON is Python's: NaN, Infinity and -Infinity stand for themselves and come 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 PUT_EVERY_S = 1.0
 SEGMENT_BYTES = 1 << 20
 HELD_BYTES = 16 << 20  # lines that wait for a full or broken disk; more is an error
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors of a disk that has no room; what is open stays so."""
 
 _SEGMENT = re.compile(r"journal-(\d{5,})\.jsonl")
 
@@ -149,9 +153,10 @@ class Journal:
                 count = os.write(self._file, data[written:])
                 written += count
                 self._file_bytes += count
-        except OSError:
+        except OSError as error:
             # what was cut stays behind as the torn last line of its segment; its record goes to the next one
-            self._leave_segment()
+            if written or error.errno not in FULL:  # or else a disk that stays full would get a new one for each try
+                self._leave_segment()
             # (written + 1: a record that lacks only its line end is read, so it must not come twice)
             whole = data.rfind(b"\n", 0, written + 1) + 1
             self._hold(data[whole:].splitlines(keepends=True))

@@ -18,7 +18,7 @@ from lepton_ray import cli
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE, CONTRIBUTING = ROOT / "README.md", ROOT / "docs/guide.md", ROOT / "docs/contributing.md"
-DOCUMENTS = [README, GUIDE, CONTRIBUTING]
+DOCUMENTS = [README, GUIDE, CONTRIBUTING, ROOT / "docs" / "faults.md"]
 OPTIONS = ["DistributedTrainer", "Batch", "Resources", "Faults", "Parallel", "Sync", "OuterSGD", "Checkpoints"]
 
 

@@ -47,6 +47,7 @@ from lepton_ray.plan.events import (
     Phase,
     Release,
     ResizeAsked,
+    Revoked,
     Run,
     Start,
     Stop,
@@ -55,7 +56,7 @@ from lepton_ray.plan.events import (
     Train,
 )
 from lepton_ray.plan.membership import advance, begin
-from lepton_ray.plan.record import began, of_this_life, remembered, told
+from lepton_ray.plan.record import began, of_generation, of_this_life, remembered, told
 from lepton_ray.plan.replicas import is_there
 from lepton_ray.storage import Folder
 
@@ -258,6 +259,15 @@ class Controller:
             self._waits_for = reason
             self._write([{"event": "phase", "phase": Phase.WAITING.value, "reason": reason}])
 
+    async def revoke(self, names: Sequence[str], reason: str) -> None:
+        """Take the scheduler's word that places must be left soon."""
+        run = self._run
+        if run is not None:
+            numbers = [number for number, held in self._crew.held.items() if held.name in names]
+            fresh = [n for n in numbers if n in run.replicas and not run.replicas[n].is_revoked]
+            if fresh:
+                self._advance(Revoked(frozenset(fresh), f"replicas {fresh} must go: {reason}"))
+
     async def close(self) -> None:
         """End this life: the driver has read how the run did. Returns when the name is free."""
         self._read.set()
@@ -313,7 +323,7 @@ class Controller:
                 case Start(workers):
                     self._spawn(self._start(workers))
                 case Form():
-                    self._write([_generation_record(command)])
+                    self._write([of_generation(command)])
                     self._crew.form(command, self._ledger.next_step)
                 case Train(generation):
                     self._crew.order(self._members(), "train", generation)
@@ -436,13 +446,3 @@ class Controller:
             self._advance(Broke(failure))
             if not self._is_over:  # it failed while it ended
                 self._write([{"event": "ended", "outcome": Outcome.FAILED.value, "failure": asdict(failure)}])
-
-
-def _generation_record(form: Form) -> dict[str, Any]:
-    return {
-        "event": "generation",
-        "generation": form.generation,
-        "workers": [*form.members],
-        "cause": form.cause,
-        "settled": form.settlement.reason if form.settlement is not None else None,
-    }

@@ -10,12 +10,13 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lepton_ray.cluster.names import CALL_TIMEOUT_S, named_actor
+from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE, named_actor
 from lepton_ray.cluster.order import Order
 from lepton_ray.cluster.places import Held
 from lepton_ray.cluster.vault import Vaults
-from lepton_ray.cluster.worker import Assignment, Formation, new_worker
+from lepton_ray.cluster.worker import THREADS, Assignment, Formation, Worker
 from lepton_ray.plan.adopt import At, Word
 from lepton_ray.plan.events import Event, Failure, Form, Lost, Ready
 from lepton_ray.plan.watch import silent
@@ -214,6 +215,25 @@ class Crew:
         built = {name: actor for name, actor in actors.items() if workers[name] in self._built}
         fit = await asyncio.gather(*(_reset(actor, heir) for actor in built.values()))
         return {name: actor for (name, actor), is_fit in zip(built.items(), fit) if is_fit}
+
+
+def new_worker(held: Held) -> Any:
+    """Start a worker actor in its place."""
+    resources = dict(held.slot.resources)
+    return (
+        ray.remote(Worker)
+        .options(
+            name=held.name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=resources.pop("CPU", 0),
+            num_gpus=resources.pop("GPU", 0),
+            resources=resources,
+            max_concurrency=THREADS,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(held.group),
+        )
+        .remote()
+    )
 
 
 async def _reset(actor: Any, heir: Any) -> bool:

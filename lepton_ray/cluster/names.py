@@ -19,9 +19,11 @@ SERVICE: Mapping[str, Any] = {
     "namespace": NAMESPACE,
     "lifetime": "detached",
     "num_cpus": 0,
+    "resources": {"node:__internal_head__": 0.0001},
     "max_concurrency": 1000,
 }
-"""Options of the actors that run on one event loop and outlive whoever starts them."""
+"""Options of the actors that run on one event loop and outlive whoever starts them. They live on the head: a cluster
+does not outlive that, and the loss of another node then takes workers only."""
 CALL_TIMEOUT_S = 30.0
 """Longest wait for an answer to a small question. A busy two-core machine has needed 10 s to start a process."""
 

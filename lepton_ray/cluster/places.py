@@ -13,7 +13,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from lepton_ray.plan.types import Request, Slot
+from lepton_ray.plan.types import Node, Request, Slot
 
 GROUP_PREFIX = "worker:"
 
@@ -27,6 +27,8 @@ class Held:
     slot: Slot
     environment: str
     actor: Any = None  # a Ray actor handle, which has no public type
+    node: str = ""
+    """Id of the node that it is on, when that is known."""
     expires_s: float = 0.0
 
 
@@ -38,11 +40,23 @@ class Places:
     reason: str
 
 
-def new_place(request: Request) -> Held:
-    """Reserve a place for a worker of a job; it is there when its group is ready."""
+def new_place(request: Request, node: Node | None) -> Held:
+    """Reserve a place for a worker of a job, on that node if it has room; it is there when its group is ready."""
     name = f"{GROUP_PREFIX}{secrets.token_hex(6)}"
-    group = placement_group([dict(request.slot.resources)], name=name, lifetime="detached")
+    group = placement_group(
+        [dict(request.slot.resources)],
+        strategy="STRICT_PACK",  # it has one bundle; Ray takes a node's name under this strategy only
+        name=name,
+        lifetime="detached",
+        _soft_target_node_id=node.id if node is not None else None,
+    )
     return Held(name=name, group=group, slot=request.slot, environment=request.environment)
+
+
+def node_of(held: Held) -> str:
+    """Return the id of the node on which a place is, once it is there."""
+    nodes: dict[int, str] = placement_group_table(held.group)["bundles_to_node_id"]
+    return nodes[0]
 
 
 def group_names() -> set[str]:

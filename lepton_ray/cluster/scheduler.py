@@ -20,11 +20,8 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util import get_placement_group
-from ray.util.placement_group import (
-    remove_placement_group,
-)
+from ray.util.placement_group import remove_placement_group
 
-from lepton_ray.cluster.connect import nodes
 from lepton_ray.cluster.names import (
     CALL_TIMEOUT_S,
     CONTROLLER_PREFIX,
@@ -33,9 +30,10 @@ from lepton_ray.cluster.names import (
     actor_names,
     named_actor,
 )
-from lepton_ray.cluster.places import Held, Places, free, group_names, new_place
-from lepton_ray.plan.allocate import Grant, Refuse, Wait, Warm, admit
-from lepton_ray.plan.types import Node, Request, Slot
+from lepton_ray.cluster.nodes import Nodes
+from lepton_ray.cluster.places import Held, Places, free, group_names, new_place, node_of
+from lepton_ray.plan.allocate import Grant, Refuse, Wait, Warm, admit, spots
+from lepton_ray.plan.types import Node, Request
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +88,7 @@ class Scheduler:
         self._controllers: dict[str, Any] = {}
         self._jobs: dict[str, _Job] = {}
         """Those that wait for workers or hold some."""
+        self._nodes = Nodes()
         self._pool: list[Held] = []
         self._spares: list[_Spare] = []
         self._spare_due_s: dict[str, float] = {}
@@ -195,8 +194,8 @@ class Scheduler:
         while self._jobs.get(request.job) is job:
             self._changed.clear()
             if not self._turn.locked():
-                pool = [Warm(worker=h.name, slot=h.slot, environment=h.environment) for h in self._pool]
-                decision = admit(request, self._nodes(), pool)
+                await self._nodes.knock()
+                decision = admit(request, self._view(), self._warm())
                 if isinstance(decision, Grant):
                     async with self._turn:
                         places = await self._place(request, job, decision)
@@ -271,8 +270,8 @@ class Scheduler:
     async def _grant(self, request: Request, job: _Job) -> Places | Refuse:
         while self._jobs.get(request.job) is job:
             self._changed.clear()
-            pool = [Warm(worker=h.name, slot=h.slot, environment=h.environment) for h in self._pool]
-            match admit(request, self._nodes(), pool):
+            await self._nodes.knock()
+            match admit(request, self._view(), self._warm()):
                 case Refuse() as refusal:
                     await self.release(request.job)
                     return refusal
@@ -320,7 +319,7 @@ class Scheduler:
         if not all(alive):  # a warm worker died in the pool
             self._pool += [held for held, is_alive in zip(taken, alive) if is_alive]
             return None
-        created = [new_place(request) for _ in range(grant.create)]
+        created = [new_place(request, node) for node in spots(self._view(taken), request.slot, grant.create)]
         try:
             await asyncio.wait_for(asyncio.gather(*(held.group.ready() for held in created)), PLACED_WITHIN_S)
         except asyncio.TimeoutError:
@@ -329,6 +328,8 @@ class Scheduler:
             self._pool += taken
             job.tell(f"{request.job} waits: others on this cluster use what seemed free for {grant.create} new workers")
             return None
+        for held in created:
+            held.node = node_of(held)
         places = taken + created
         job.held += places
         if self._jobs.get(request.job) is not job:  # it ended meanwhile
@@ -336,19 +337,16 @@ class Scheduler:
                 free(held)
         return places
 
-    def _nodes(self) -> list[Node]:
-        """List the nodes; what is free is what we have not given away, spread as Ray would pack it."""
-        found = [Node(name=n.name, total=n.total, free=dict(n.total)) for n in nodes()]
-        used = [held.slot for job in self._jobs.values() for held in job.held] + [held.slot for held in self._pool]
-        reading = sum(job.spare_cpus for job in self._jobs.values() if job.held)
-        for slot in used + [Slot(resources={"CPU": 1})] * reading:
-            for node in found:
-                left: Any = node.free
-                if all(left.get(name, 0) >= amount for name, amount in slot.resources.items()):
-                    for name, amount in slot.resources.items():
-                        left[name] = left.get(name, 0) - amount
-                    break
-        return found
+    def _view(self, taken: Sequence[Held] = ()) -> list[Node]:
+        """List the nodes with what is free on them. taken: places that are about to be given away."""
+        held = [*taken, *self._pool, *(held for job in self._jobs.values() for held in job.held)]
+        return self._nodes.view(held, sum(job.spare_cpus for job in self._jobs.values() if job.held))
+
+    def _warm(self) -> list[Warm]:
+        """List the warm workers that may be given to a job."""
+        return [
+            Warm(worker=h.name, slot=h.slot, environment=h.environment) for h in self._pool if self._nodes.is_fit(h)
+        ]
 
     async def _learn(self) -> None:
         """Ask the controllers what they hold; when all have answered, free the groups that nobody holds."""
@@ -394,8 +392,13 @@ class Scheduler:
         await asyncio.gather(*map(self.find, list(self._controllers)))
         for name in [name for name, job in self._jobs.items() if self._controllers.get(name) != job.controller]:
             await self.release(name)
+        drained = self._nodes.drained()
+        for job in self._jobs.values():
+            leaving = [held.name for held in job.held if held.node in drained]
+            if leaving:  # it is told until it has left
+                job.controller.revoke.remote(leaving, "their node is being drained")
         now = time.monotonic()
-        for held in [h for h in self._pool if h.expires_s < now]:
+        for held in [h for h in self._pool if h.expires_s < now or h.node in drained]:
             self._pool.remove(held)
             free(held)
         for spare in list(self._spares):

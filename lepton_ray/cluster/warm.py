@@ -9,12 +9,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from lepton_ray.cluster.crew import new_worker
 from lepton_ray.cluster.host import new_controller
 from lepton_ray.cluster.launch import check_room, environment
 from lepton_ray.cluster.names import CALL_TIMEOUT_S, answer
 from lepton_ray.cluster.places import Places
 from lepton_ray.cluster.scheduler import scheduler
-from lepton_ray.cluster.worker import new_worker
 from lepton_ray.config import Resources
 from lepton_ray.errors import ConfigError, WaitTimeout
 from lepton_ray.plan.allocate import Refuse

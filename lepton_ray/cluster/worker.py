@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lepton_ray.cluster.logs import user_traceback, written_to
-from lepton_ray.cluster.names import CALL_TIMEOUT_S, NAMESPACE
-from lepton_ray.cluster.places import Held
+from lepton_ray.cluster.names import CALL_TIMEOUT_S
 from lepton_ray.cluster.reporter import Reporter
 from lepton_ray.cluster.vault import FilledVaults
-from lepton_ray.errors import ConfigError, PeerLost, RunFailed, WaitTimeout
+from lepton_ray.errors import ConfigError, PeerLost, RunFailed, WaitTimeout, silent_peer
 from lepton_ray.plan.adopt import At, Word
 from lepton_ray.plan.events import Failure, Form, Formed, Left
 from lepton_ray.storage import Folder
@@ -96,6 +94,8 @@ class Worker:
         self._reporter: Reporter | None = None
         self._peers: RayPeers | None = None
         self._group = ""
+        self._members: Sequence[int] = ()
+        """Workers of the group, by rank."""
         self._generation = 0
         """The newest that this worker was told of."""
         self._aborted = 0
@@ -210,14 +210,14 @@ class Worker:
             (self._task.lend if is_source else self._task.borrow)(peers)
         finally:
             peers.close()
-            self._group = formation.group
+            self._group, self._members = formation.group, formation.form.members
 
     def _meet(self, name: str, workers: Sequence[int], timeout_s: float) -> RayPeers:
         """Form a group of workers, of which this is one."""
         from lepton_ray.cluster.peers import RayPeers
 
         assert self._spec is not None
-        self._group = name
+        self._group, self._members = name, workers
         return RayPeers(name, workers.index(self._number), len(workers), timeout_s, tls=self._spec.sync.tls)
 
     def _leave_group(self) -> None:
@@ -359,7 +359,10 @@ class Worker:
         with suppress(Exception):
             self._break()
         self._at = At.LEFT
-        self._left_last = Left(self._number, self._generation, self._task.position(), failure=self._failure(error))
+        rank, failure = silent_peer(error), self._failure(error)
+        suspect = None if rank is None else self._members[rank]
+        position = self._task.position()
+        self._left_last = Left(self._number, self._generation, position, failure=failure, suspect=suspect)
         return self._left_last
 
     def _record(self, step: int) -> None:
@@ -405,25 +408,6 @@ class Worker:
         """Let what this process prints go to the run's folder."""
         assert self._spec is not None
         return written_to(Folder(self._spec.run_url).sub("logs"), f"worker-{self._number}")
-
-
-def new_worker(held: Held) -> Any:
-    """Start a worker actor in its place."""
-    resources = dict(held.slot.resources)
-    return (
-        ray.remote(Worker)
-        .options(
-            name=held.name,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            num_cpus=resources.pop("CPU", 0),
-            num_gpus=resources.pop("GPU", 0),
-            resources=resources,
-            max_concurrency=THREADS,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(held.group),
-        )
-        .remote()
-    )
 
 
 def _check_folder(spec: TrainSpec) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
+import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +19,14 @@ from lepton_ray.errors import PeerLost, WaitTimeout
 # Socket buffers that keep a link busy while the other end reduces a piece. Set only where the kernel grants them:
 # asking for more than it grants leaves a small buffer and turns its own tuning off.
 _BUFFER_BYTES = 4 << 20
+_LOOK_S = 1.0
+"""Who waits longer looks, so often, whether the other machines still answer."""
+_SILENT_MS = 3000
+"""A machine that has not acknowledged what it was sent again and again is taken for gone after so long."""
+_RETRIES = 3
+_INFO = struct.Struct("=2xB5x16xI28xI")  # of Linux' tcp_info: retransmits, unacked, last_ack_recv
+SILENT = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
+"""Errors of a connection whose other end says nothing any more."""
 
 
 class Link:
@@ -35,10 +46,11 @@ class Link:
         for option, limit in ((socket.SO_SNDBUF, "wmem_max"), (socket.SO_RCVBUF, "rmem_max")):
             if _kernel_limit(limit) >= _BUFFER_BYTES:
                 connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-        # Keepalive finds a peer whose machine went silent while nothing is in flight. TCP_USER_TIMEOUT is left alone:
-        # it also ends connections to healthy peers that do not read for a while because they compute.
+        # Keepalive finds a peer whose machine went silent while nothing is in flight, `look` while something is.
+        # TCP_USER_TIMEOUT is left alone: it also ends connections to healthy peers that do not read for a while because
+        # they compute.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        for name, value in (("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -65,7 +77,24 @@ class Link:
 
     def lost(self, error: OSError) -> PeerLost:
         """Say which connection broke."""
-        return PeerLost(f"the connection to rank {self.peer} broke ({error.strerror or error})")
+        found = PeerLost(f"the connection to rank {self.peer} broke ({error.strerror or error})")
+        found.peer = self.peer if error.errno in SILENT else None
+        return found
+
+    def look(self) -> None:
+        """Raise PeerLost if the other machine acknowledges nothing of what it is sent, for seconds."""
+        if sys.platform != "linux":
+            return
+        try:
+            info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+        except OSError:
+            return  # whoever uses it will see
+        retries, unacknowledged, silent_ms = _INFO.unpack(info)
+        # A peer that does not read has a closed window, and nothing on its way that it would have to acknowledge.
+        if unacknowledged and retries >= _RETRIES and silent_ms >= _SILENT_MS:
+            found = PeerLost(f"the machine of rank {self.peer} has not answered for {silent_ms / 1000:.1f} s")
+            found.peer = self.peer
+            raise found
 
 
 class Watch:
@@ -102,7 +131,7 @@ class Watch:
                 os.sched_yield()
                 continue
             if not events:
-                events = self._poll.poll(timeout_s * 1000)
+                events = self._long_poll(timeout_s)
                 if not events:
                     return []
             ready = []
@@ -114,6 +143,17 @@ class Watch:
                     self._inspect(self._links[descriptor])
             if ready:
                 return ready
+
+    def _long_poll(self, timeout_s: float) -> list[tuple[int, int]]:
+        """Poll, and look at times after those that cannot say that they are gone. Raises PeerLost."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            left_s = end_s - time.monotonic()
+            events = self._poll.poll(min(max(left_s, 0.0), _LOOK_S) * 1000)
+            if events or left_s <= _LOOK_S:
+                return events
+            for link in self._links.values():
+                link.look()
 
     def _wants(self, link: Link) -> bool:
         return self._wanted[link.descriptor] & select.POLLIN != 0

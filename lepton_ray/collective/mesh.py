@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from lepton_ray.collective.links import Link, Watch
+from lepton_ray.collective.links import SILENT, Link, Watch
 from lepton_ray.collective.tls import Tls
 from lepton_ray.errors import LeptonError, PeerLost, WaitTimeout
 
@@ -22,6 +22,7 @@ _MAGIC = b"lepton1\n"
 _NONCE_BYTES = 16
 _HELLO = struct.Struct(f"<{len(_MAGIC)}sI{_NONCE_BYTES}s")
 _PROOF_BYTES = 32
+_CONNECT_S = 5.0  # the peer listens already, and its kernel answers at once
 _GUESTS = 64  # connections that may be in the middle of their proof at once
 
 
@@ -90,12 +91,18 @@ class Mesh:
         addresses = exchange(f"{self._host}|{listener.getsockname()[1]}".encode())
         for peer in range(self.rank):
             host, port = addresses[peer].decode().rsplit("|", 1)
+            begun_s = time.monotonic()
             try:
                 self.links[peer] = self._link(peer, self._introduce(peer, host, int(port), deadline_s), deadline_s)
-            except TimeoutError as error:
-                raise WaitTimeout(
-                    f"rank {self.rank} waited {self.timeout_s:g} s for rank {peer} at {host}:{port} to answer"
-                ) from error
+            except OSError as error:
+                if not isinstance(error, TimeoutError) and error.errno not in SILENT:
+                    raise
+                silent = WaitTimeout(
+                    f"rank {self.rank} waited {time.monotonic() - begun_s:.1f} s for rank {peer} at {host}:{port} to "
+                    "answer"
+                )
+                silent.peer = peer
+                raise silent from error
         listener.setblocking(False)
         self._welcome(listener, deadline_s)
         self._disown(listener)
@@ -104,7 +111,7 @@ class Mesh:
     def _introduce(self, peer: int, host: str, port: int, deadline_s: float) -> socket.socket:
         """Connect to a lower rank; both prove the secret. Raises PeerLost or OSError."""
         connection = self._own(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM))
-        connection.settimeout(max(0.001, deadline_s - time.monotonic()))
+        connection.settimeout(max(0.001, min(_CONNECT_S, deadline_s - time.monotonic())))
         nonce = os.urandom(_NONCE_BYTES)
         answer = b""
         connection.connect((host, port))

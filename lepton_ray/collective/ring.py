@@ -434,6 +434,8 @@ class _Operation:
             if reason is not None:
                 raise PeerLost(message) from error
             if isinstance(error, (PeerLost, WaitTimeout)):
-                raise type(error)(message) from error.__cause__
+                again = type(error)(message)
+                again.peer = error.peer
+                raise again from error.__cause__
         finally:
             ring._operating.release()

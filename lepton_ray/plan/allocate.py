@@ -54,6 +54,12 @@ def fit(nodes: Sequence[Mapping[str, float]], slot: Slot, most: int) -> int:
     return min(count, most)
 
 
+def spots(nodes: Sequence[Node], slot: Slot, count: int) -> list[Node | None]:
+    """Choose nodes for new slots: the first that has room is filled before the next; None where none has."""
+    chosen: list[Node | None] = [node for node in nodes for _ in range(fit([node.free], slot, count))]
+    return (chosen + [None] * count)[:count]
+
+
 def admit(request: Request, nodes: Sequence[Node], pool: Sequence[Warm]) -> Grant | Wait | Refuse:
     """Decide on the first job of the queue: as many workers as there is room for, of those that it wants."""
     for workers in range(max(request.most, request.workers), request.workers, -1):

@@ -347,22 +347,24 @@ def _gather(run: Run, now_s: float) -> Step:
     if run.members[0] in run.ended:  # rank 0 has written the model, or the last checkpoint
         return _end(run, Outcome.FINISHED if run.cancel_reason is None else Outcome.CANCELLED)
     if run.phase is Phase.SETTLING:
-        if any(position.committed > run.committed for position in run.positions.values()):
-            run = replace(run, failed=1)
+        reached = max((position.committed for position in run.positions.values()), default=-1)
+        if reached > run.committed:  # those that it has reached count once, also when the next ones fail to form
+            run = replace(run, failed=1, committed=reached)
         if run.failed > run.limits.retries:
             message = (
                 f"{run.failed} failures in a row without a step in between (Faults.retries); the last: {run.cause}"
             )
             return _end(run, Outcome.FAILED, Failure(message=message))
-        run = _without_suspect(run)
+        run = _without_suspect(run, now_s)
     run = replace(run, members=(), lenders=frozenset(), done=frozenset(), settlement=settle(run.positions, run.size))
     return _idle(run, now_s)
 
 
-def _without_suspect(run: Run) -> Run:
+def _without_suspect(run: Run, now_s: float) -> Run:
     """Give up the replica that is blamed most, where a generation failed again although all are there.
 
-    That needs more patience where the others are too few to go on without it.
+    That needs more patience where the others are too few to go on without it. Another is not asked for at once: it may
+    well get the same place.
     """
     order = able(run)
     patience = 2 if len(order) > needed(run) else max(2, run.limits.retries // 2 + 1)
@@ -372,7 +374,8 @@ def _without_suspect(run: Run) -> Run:
         return run
     worst = max(accused, key=lambda worker: (accused[worker], order.index(worker // run.size)))
     number = worst // run.size
-    return replace(run, replicas={**run.replicas, number: replace(run.replicas[number], is_revoked=True)})
+    without = {**run.replicas, number: replace(run.replicas[number], is_revoked=True)}
+    return replace(run, replicas=without, ask_at_s=now_s + REFUSED_S)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lepton_ray.plan.adopt import Past, recall
-from lepton_ray.plan.events import Command, Event
+from lepton_ray.plan.events import Command, Event, Form
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (*get_args(Event), *get_args(Command))}
 _hints = cache(get_type_hints)
@@ -28,6 +28,17 @@ def began(how: str, arguments: Mapping[str, Any], commands: Sequence[Command]) -
 def told(what: Event, now_s: float, commands: Sequence[Command]) -> dict[str, Any]:
     """Return the record of an event."""
     return {"event": "told", "now_s": now_s, "what": plain(what), "commands": plain(commands)}
+
+
+def of_generation(form: Form) -> dict[str, Any]:
+    """Return the record of a generation, for people and for `verify`."""
+    return {
+        "event": "generation",
+        "generation": form.generation,
+        "workers": [*form.members],
+        "cause": form.cause,
+        "settled": form.settlement.reason if form.settlement is not None else None,
+    }
 
 
 def of_this_life(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -24,6 +24,7 @@ class Node:
     name: str
     total: Mapping[str, float]
     free: Mapping[str, float] = field(default_factory=dict)
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -134,6 +135,14 @@ def step(optimizer: Optimizer) -> None:
         return
     with torch.no_grad():
         bare(optimizer)
+
+
+def prepare_step(optimizer: Optimizer) -> None:
+    """Import now what the first step of this optimizer imports: the other workers would wait for that."""
+    kinds = [kind for kind in type(optimizer).__mro__ if kind is not Optimizer]
+    is_of_torch = any(getattr(torch.optim, kind.__name__, None) is kind for kind in kinds)
+    if is_of_torch and _bare_step(optimizer) is None:
+        import_module("torch._dynamo")
 
 
 def _bare_step(optimizer: Optimizer) -> Callable[[Optimizer], Any] | None:

@@ -23,7 +23,7 @@ from lepton_ray.train.local_step import LocalStepper
 from lepton_ray.train.metrics import make_metrics
 from lepton_ray.train.model import Model, TorchModel
 from lepton_ray.train.objective import Objective, StepFn, make_objective
-from lepton_ray.train.optimizers import Optimizers, Schedulers, make_optimizer, make_scheduler
+from lepton_ray.train.optimizers import Optimizers, Schedulers, make_optimizer, make_scheduler, prepare_step
 from lepton_ray.train.ordered import Tree
 from lepton_ray.train.peers import Alone, Background, Peers
 from lepton_ray.train.precision import Scaler
@@ -62,6 +62,8 @@ class Parts:
 
     def __post_init__(self) -> None:
         named = {name: optimizer.state_dict() for name, optimizer in self.optimizers.named.items()}
+        for optimizer in self.optimizers.named.values():
+            prepare_step(optimizer)
         self._first = copy.deepcopy({"optimizers": named, "schedulers": self.schedulers.state_dict()})
         is_known = self.feed is not None and self.step_fn is None
         self._buckets = Buckets(self.model.parameters().values()) if is_known else None

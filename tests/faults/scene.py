@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -33,6 +37,20 @@ X = np.random.default_rng(0).standard_normal((SAMPLES, FEATURES))
 Y = np.random.default_rng(1).integers(0, CLASSES, SAMPLES)
 
 
+INSIDE = {
+    "sum": "lepton_ray.cluster.peers:RayPeers.allreduce",  # the others wait for this one's gradients
+    "ballot": "lepton_ray.train.outbox:Outbox.vote",  # all sums have returned, and the others vote
+    "checkpoint": "lepton_ray.train.checkpoint:Checkpointer.save",
+    "write": "lepton_ray.train.checkpoint:Checkpointer._write_tensors",  # of a checkpoint, in the background
+    "forming": "lepton_ray.collective.mesh:Mesh.form",
+    "lend": "lepton_ray.train.job:Task.lend",  # a newcomer is to get the state of this one
+    "borrow": "lepton_ray.train.job:Task.borrow",
+}
+"""Places that the user's code does not see: when this method is called."""
+_now = [-1]
+"""The step that this process is at."""
+
+
 @dataclass(frozen=True)
 class Happening:
     """What is to happen once: where, at which step, to which worker."""
@@ -43,6 +61,22 @@ class Happening:
     step: int
     flag: str
     """A file that says that it has happened."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in a process; have its own methods tell when they are called. They do their work as ever."""
+        self.__dict__.update(state)
+        if self.where in INSIDE:
+            module, _, path = INSIDE[self.where].partition(":")
+            owner, name = getattr(import_module(module), path.split(".")[0]), path.split(".")[1]
+            method = getattr(owner, name)
+            method = getattr(method, "__wrapped__", method)  # of an earlier run's happening
+
+            @wraps(method)
+            def marked(*args: Any, **options: Any) -> Any:
+                self(self.where, _now[0])
+                return method(*args, **options)
+
+            setattr(owner, name, marked)
 
     def __call__(self, where: str, step: int) -> None:
         """Let it happen, if this is the place and the time."""
@@ -55,6 +89,18 @@ class Happening:
         self.what()
 
 
+@dataclass(frozen=True)
+class Both:
+    """Two that are to happen."""
+
+    one: Happening
+    other: Happening
+
+    def __call__(self, where: str, step: int) -> None:
+        self.one(where, step)
+        self.other(where, step)
+
+
 def is_worker(number: int) -> bool:
     """Tell whether this is the process of a worker: its output goes to a file that says so."""
     return os.readlink("/proc/self/fd/1").endswith(f"worker-{number}.log")
@@ -63,6 +109,16 @@ def is_worker(number: int) -> bool:
 def die() -> None:
     """End this process at once, as if its machine had."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exhaust() -> None:
+    """Ask for more memory than this process may have."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (64 << 20), limits[1]))
+    try:
+        np.ones(1 << 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def die_soon() -> None:
@@ -80,6 +136,12 @@ def fail() -> None:
     raise ValueError("what the user wrote")
 
 
+def wait_for(path: str) -> None:
+    """Wait until there is a file."""
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, act: Callable[[], None]) -> torch.Tensor:
@@ -95,7 +157,7 @@ class _Backward(torch.autograd.Function):
 class Net(nn.Module):
     """BatchNorm, dropout, and a counter of steps in its state, so that any slip shows."""
 
-    def __init__(self, happening: Happening | None, pace_s: float = 0.0) -> None:
+    def __init__(self, happening: Happening | Both | None, pace_s: float = 0.0) -> None:
         """pace_s: of a forward, so that others have time to join."""
         super().__init__()
         torch.manual_seed(0)
@@ -107,7 +169,8 @@ class Net(nn.Module):
     def at(self, where: str) -> None:
         if self.happening is not None:
             batches = self.layers[1].num_batches_tracked  # of all workers: rises by the microbatches of a step
-            self.happening(where, int(batches) // MICROBATCHES)
+            _now[0] = int(batches) // MICROBATCHES
+            self.happening(where, _now[0])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.at("forward" if self.training else "evaluate")
@@ -136,7 +199,7 @@ def sgd(model: Any) -> Sgd:
 class Counting(Callback):
     """Remembers the epochs that it saw; a worker that takes its place must know them."""
 
-    def __init__(self, happening: Happening | None) -> None:
+    def __init__(self, happening: Happening | Both | None) -> None:
         self.epochs: list[int] = []
         self.happening = happening
 
@@ -157,7 +220,9 @@ class Counting(Callback):
         self.epochs = list(state["epochs"])
 
 
-def scene(storage: str, name: str, happening: Happening | None = None, *, pace_s: float = 0.0, **options: Any) -> Job:
+def scene(
+    storage: str, name: str, happening: Happening | Both | None = None, *, pace_s: float = 0.0, **options: Any
+) -> Job:
     """Start the job. It validates and checkpoints in the middle of epochs as well."""
     settings: dict[str, Any] = {
         "num_workers": 2,

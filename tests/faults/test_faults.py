@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
+import lepton_ray
 from lepton_ray import Batch, Checkpoints, ConfigError, Elastic, Faults, Job, RunFailed, Sync, WorkerFailed
+from lepton_ray.cluster.scheduler import scheduler
 from lepton_ray.result import Result
 from tests.faults.scene import (
     BATCH,
@@ -23,20 +27,24 @@ from tests.faults.scene import (
     PATIENT,
     STEPS,
     STEPS_PER_EPOCH,
+    Both,
     Happening,
     assert_nothing_lost,
     die,
     die_soon,
+    exhaust,
     fail,
     freeze,
     records,
     scene,
+    wait_for,
     weights,
 )
+from tests.faults.schedules import act_at, disturbed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-PLACES = ("forward", "backward", "update", "evaluate", "callback")
+PLACES = ("forward", "backward", "sum", "ballot", "update", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +64,14 @@ def run(storage: str, what: Callable[[], None], where: str, worker: int, **optio
 @pytest.mark.parametrize("worker", [0, 1])
 @pytest.mark.parametrize("where", PLACES)
 def test_a_worker_that_dies_costs_no_step(where: str, worker: int, storage: str, calm: torch.Tensor) -> None:
-    if (where, worker) == ("callback", 1):
-        pytest.skip("callbacks run in the process of rank 0")
     job, result = run(storage, die, where, worker)
+    assert_nothing_lost(job, result, calm)
+    assert result.receipt.generations >= 2
+
+
+@pytest.mark.parametrize("where", ["callback", "checkpoint", "write"])
+def test_rank_0_that_dies_at_work_of_its_own_costs_no_step(where: str, storage: str, calm: torch.Tensor) -> None:
+    job, result = run(storage, die, where, 0)
     assert_nothing_lost(job, result, calm)
     assert result.receipt.generations >= 2
 
@@ -69,13 +82,31 @@ def test_a_worker_that_dies_in_a_sum_or_a_ballot_costs_no_step(worker: int, stor
     assert_nothing_lost(job, result, calm)
 
 
-@pytest.mark.parametrize("worker", [0, 1])
-@pytest.mark.parametrize("where", ["forward", "update"])
+@pytest.mark.parametrize(
+    ("where", "worker"),
+    [
+        ("forward", 0),
+        ("forward", 1),
+        ("update", 0),
+        ("update", 1),
+        ("sum", 1),
+        ("ballot", 0),
+        ("ballot", 1),
+        ("write", 0),
+    ],
+)
 def test_a_frozen_worker_is_given_up(where: str, worker: int, storage: str, calm: torch.Tensor) -> None:
     job, result = run(storage, freeze, where, worker, faults=Faults())
     assert_nothing_lost(job, result, calm)
     causes = [record["cause"] for record in records(job, "generation")]
     assert any("was silent" in cause for cause in causes), causes
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_memory_that_runs_out_once_costs_no_step(where: str, storage: str, calm: torch.Tensor) -> None:
+    """The kernel's or Ray's killer of greedy processes is a worker that dies; this is an allocation that fails."""
+    job, result = run(storage, exhaust, where, 1)
+    assert_nothing_lost(job, result, calm)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "evaluate"])
@@ -130,7 +161,7 @@ def test_when_all_die_the_run_goes_on_from_the_mirror(workers: int, storage: str
     faults = replace(PATIENT, mirror_every=every)
     rare = Checkpoints(every_steps=5 * STEPS)
     job = scene(storage, "job", num_workers=workers, pace_s=0.05 * workers, faults=faults, checkpoints=rare)
-    Paced(job, {last: _kill_all})
+    act_at(job, {last: _kill_all})
     result = job.wait(LIMIT_S)
     assert_nothing_lost(job, result, calm, redone=every + 1)
     (resumed,) = records(job, "resumed")
@@ -143,27 +174,16 @@ def _kill_all(pids: dict[int, int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-class Paced:
-    """Follows a job, and acts at steps."""
-
-    def __init__(self, job: Job, acts: dict[int, Callable[[dict[int, int]], None]]) -> None:
-        self.pids: dict[int, int] = {}
-        for record in job.events():
-            if record["event"] == "worker":
-                self.pids[record["worker"]] = record["pid"]
-            if record["event"] == "step":
-                for step in [step for step in acts if step <= record["step"]]:
-                    acts.pop(step)(self.pids)
-
-
-def slow(storage: str) -> Happening:
-    """Let each step of worker 0 take a moment, so that there is time for others to come."""
-    return Happening(lambda: None, "nowhere", 0, 0, f"{storage}.never")
+def open_at_pause(job: Job, gate: str) -> None:
+    """Let a run that is held go on, when it is to pause."""
+    while not any(record["phase"] == "pausing" for record in records(job, "phase")):
+        time.sleep(0.05)
+    Path(gate).touch()
 
 
 def test_a_run_is_resized_while_it_trains(storage: str, calm: torch.Tensor) -> None:
-    job = scene(storage, "job", slow(storage), callbacks=[])
-    Paced(job, {3: lambda pids: job.resize(1)})
+    job = scene(storage, "job", callbacks=[])
+    act_at(job, {3: lambda pids: job.resize(1)})
     result = job.wait(LIMIT_S)
     assert (result.receipt.samples_lost, result.receipt.samples_repeated) == (0, 0)
     torch.testing.assert_close(weights(result), calm, rtol=1e-9, atol=1e-12)
@@ -176,7 +196,7 @@ def test_a_reproducible_run_ends_with_the_bits_of_a_lone_worker(ray_cluster: Non
     alone = scene(storage, "alone", num_workers=1, reproducible=True, batch=batch).wait(LIMIT_S)
     happening = Happening(die, "forward", 1, STEPS_PER_EPOCH + 2, f"{storage}.happened")
     job = scene(storage, "job", happening, num_workers=3, reproducible=True, batch=batch, pace_s=0.02)
-    Paced(job, {2 * STEPS_PER_EPOCH: lambda pids: job.resize(1)})
+    act_at(job, {2 * STEPS_PER_EPOCH: lambda pids: job.resize(1)})
     result = job.wait(LIMIT_S)
     assert os.path.exists(happening.flag)
     assert_nothing_lost(job, result, weights(alone))
@@ -190,31 +210,40 @@ def test_a_reproducible_run_ends_with_the_bits_of_a_lone_worker(ray_cluster: Non
 def test_newcomers_copy_the_state_of_a_sibling(storage: str, calm: torch.Tensor) -> None:
     """The run is held at a step until the newcomers are ready, so that they have steps to do."""
     gate = f"{storage}.gate"
-    hold = Happening(lambda: _wait_for(gate), "forward", 0, 4, f"{storage}.happened")
+    hold = Happening(lambda: wait_for(gate), "forward", 0, 4, f"{storage}.happened")
     job = scene(storage, "job", hold, num_workers=1, pace_s=0.03)
-    for record in job.events():
-        if record["event"] == "step" and record["step"] == 1:
-            job.resize(3)
-        if record["event"] == "phase" and record["phase"] == "pausing":
-            Path(gate).touch()
+    wait_for(hold.flag)
+    job.resize(3)
+    open_at_pause(job, gate)
     result = job.wait(LIMIT_S)
     assert_nothing_lost(job, result, calm)
     assert [0] < records(job, "generation")[-1]["workers"] <= [0, 1, 2]
     assert not records(job, "resumed")
 
 
-def _wait_for(path: str) -> None:
-    while not os.path.exists(path):
-        time.sleep(0.01)
+@pytest.mark.parametrize("what", [die, freeze], ids=["dies", "freezes"])
+@pytest.mark.parametrize(("where", "worker"), [("lend", 0), ("borrow", 2), ("forming", 1)])
+def test_a_worker_is_lost_while_a_newcomer_joins(
+    where: str, worker: int, what: Callable[[], None], storage: str, calm: torch.Tensor
+) -> None:
+    """The one that gives its state away, the one that gets it, or another."""
+    gate = f"{storage}.gate"
+    hold = Happening(lambda: wait_for(gate), "forward", 0, 4, f"{storage}.held")
+    lost = Happening(what, where, worker, -1 if worker == 2 else 4, f"{storage}.happened")
+    job = scene(storage, "job", Both(hold, lost), pace_s=0.01)
+    wait_for(hold.flag)
+    job.resize(3)
+    open_at_pause(job, gate)
+    result = job.wait(LIMIT_S)
+    assert os.path.exists(lost.flag)
+    assert_nothing_lost(job, result, calm)
 
 
 def test_an_elastic_run_takes_what_there_is(storage: str, calm: torch.Tensor) -> None:
     gate = f"{storage}.gate"
-    hold = Happening(lambda: _wait_for(gate), "forward", 0, 4, f"{storage}.happened")
+    hold = Happening(lambda: wait_for(gate), "forward", 0, 4, f"{storage}.happened")
     job = scene(storage, "job", hold, num_workers=Elastic(min=1, max=4), pace_s=0.03)
-    for record in job.events():  # those that are ready wait a moment for those that start
-        if record["event"] == "phase" and record["phase"] == "pausing":
-            Path(gate).touch()
+    open_at_pause(job, gate)  # those that are ready wait a moment for those that start
     result = job.wait(LIMIT_S)
     assert_nothing_lost(job, result, calm)
     sizes = [len(record["workers"]) for record in records(job, "generation")]
@@ -251,53 +280,83 @@ def test_failures_in_a_row_end_the_run(storage: str, calm: torch.Tensor) -> None
     assert len(records(job, "generation")) == 3
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(20))
 def test_random_kills_and_resizes(seed: int, storage: str, calm: torch.Tensor) -> None:
-    draw = random.Random(seed)
-
-    def kill(pids: dict[int, int]) -> None:
-        number = draw.choice([*pids])
-        with_pid = pids.pop(number)
-        try:
-            os.kill(with_pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-    job = scene(storage, "job", slow(storage), num_workers=3, checkpoints=Checkpoints(every_steps=3))
-    acts: dict[int, Callable[[dict[int, int]], None]] = {}
-    for step in sorted(draw.sample(range(1, STEPS - 1), 4)):
-        if draw.random() < 0.6:
-            acts[step] = kill
-        else:
-            number = draw.randint(1, 4)
-            acts[step] = lambda pids, number=number: job.resize(number)  # type: ignore[misc]
-    Paced(job, acts)
-    assert_nothing_lost(job, job.wait(LIMIT_S), calm, redone=STEPS)
+    assert_nothing_lost(*disturbed(storage, "job", seed), calm, redone=STEPS)
 
 
-def test_a_controller_that_dies_comes_back_and_its_workers_never_stop(storage: str, calm: torch.Tensor) -> None:
-    """The run is held at a step until the controller is back, and goes on in the same generation."""
+@pytest.mark.parametrize("where", ["forward", "sum", "ballot", "write"])
+def test_a_controller_that_dies_comes_back_and_its_workers_never_stop(
+    where: str, storage: str, calm: torch.Tensor
+) -> None:
+    """A worker is held at a place until the controller is back, and goes on in the same generation."""
     gate = f"{storage}.gate"
-    job = scene(storage, "job", Happening(lambda: _wait_for(gate), "forward", 0, 8, f"{storage}.happened"))
+    job = scene(storage, "job", Happening(lambda: wait_for(gate), where, 0, 8, f"{storage}.happened"))
     first = int(job.status()["pid"])
-    _wait_for(f"{storage}.happened")
+    wait_for(f"{storage}.happened")
     os.kill(first, signal.SIGKILL)
-    lives: list[dict[str, Any]] = []
-    while len(lives) < 2:
-        lives = records(job, "began")
-        time.sleep(0.05)
+    until_back(job)
     Path(gate).touch()
     result = job.wait(LIMIT_S)
     assert_nothing_lost(job, result, calm)
-    assert [record["how"] for record in lives] == ["begin", "adopt"]
     assert result.receipt.generations == 1
+
+
+def test_a_controller_that_dies_in_a_resize_comes_back_to_it(storage: str, calm: torch.Tensor) -> None:
+    gate = f"{storage}.gate"
+    hold = Happening(lambda: wait_for(gate), "forward", 0, 4, f"{storage}.happened")
+    job = scene(storage, "job", hold)
+    first = int(job.status()["pid"])
+    wait_for(hold.flag)
+    job.resize(1)
+    while not any(record["phase"] == "pausing" for record in records(job, "phase")):
+        time.sleep(0.05)
+    os.kill(first, signal.SIGKILL)
+    until_back(job)
+    Path(gate).touch()
+    assert_nothing_lost(job, job.wait(LIMIT_S), calm)
+
+
+def until_back(job: Job) -> None:
+    """Wait until another process of the controller has taken over."""
+    while (lives := [record["how"] for record in records(job, "began")]) != ["begin", "adopt"]:
+        assert lives == ["begin"]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_scheduler_that_dies_is_followed_by_one_that_can_resize(
+    workers: int, storage: str, calm: torch.Tensor
+) -> None:
+    gate = f"{storage}.gate"
+    hold = Happening(lambda: wait_for(gate), "forward", 0, 4, f"{storage}.happened")
+    job = scene(storage, "job", hold, pace_s=0.01)
+    wait_for(hold.flag)
+    os.kill(ray.get(scheduler().overview.remote())["pid"], signal.SIGKILL)
+    job.resize(workers)
+    open_at_pause(job, gate)
+    assert_nothing_lost(job, job.wait(LIMIT_S), calm)
+    assert len(records(job, "generation")[1]["workers"]) == workers
+
+
+@pytest.mark.parametrize("where", ["forward", "ballot", "write"])
+def test_an_elastic_run_outlives_its_driver(where: str, storage: str, calm: torch.Tensor) -> None:
+    gate = f"{storage}.gate"
+    command = [sys.executable, "-m", "tests.faults.submit", storage, where]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(command, env=environment) as driver:
+        wait_for(f"{storage}.happened")
+        driver.kill()
+    job = lepton_ray.attach("job")
+    Path(gate).touch()
+    assert_nothing_lost(job, job.wait(LIMIT_S), calm)
 
 
 def test_a_controller_that_comes_back_replaces_who_died_meanwhile(storage: str, calm: torch.Tensor) -> None:
     gate = f"{storage}.gate"
-    job = scene(storage, "job", Happening(lambda: _wait_for(gate), "forward", 0, 8, f"{storage}.happened"))
+    job = scene(storage, "job", Happening(lambda: wait_for(gate), "forward", 0, 8, f"{storage}.happened"))
     pids = {record["worker"]: record["pid"] for record in _until(job, "step")}
-    _wait_for(f"{storage}.happened")
+    wait_for(f"{storage}.happened")
     os.kill(int(job.status()["pid"]), signal.SIGKILL)
     os.kill(pids[1], signal.SIGKILL)
     Path(gate).touch()

@@ -7,7 +7,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lepton_ray.plan.allocate import Grant, Refuse, Wait, Warm, admit, fit
+from lepton_ray.plan.allocate import Grant, Refuse, Wait, Warm, admit, fit, spots
 from lepton_ray.plan.types import Node, Request, Slot
 
 CPU = Slot(resources={"CPU": 1.0, "GPU": 0.0})
@@ -90,6 +90,16 @@ def test_every_answer_is_sound(
         case Refuse(reason=reason):
             assert possible < workers
             assert str(slot) in reason
+
+
+@given(CLUSTERS, SLOTS, st.integers(0, 12))
+def test_new_slots_go_where_there_is_room(cluster: list[Node], slot: Slot, count: int) -> None:
+    chosen = spots(cluster, slot, count)
+    room = sum(fit([node.free], slot, count) for node in cluster)
+    assert len(chosen) == count
+    assert sum(node is not None for node in chosen) == min(room, count)
+    for node in cluster:
+        assert sum(each is node for each in chosen) <= fit([node.free], slot, count)
 
 
 def test_warm_workers_come_before_new_ones() -> None:

@@ -678,6 +678,15 @@ def test_failures_with_a_step_in_between_are_not(is_told: bool):
     assert play.run.phase is Phase.TRAINING
 
 
+def test_a_generation_that_does_not_form_is_a_failure_in_a_row_whatever_was_done_before():
+    play = reach(Phase.TRAINING, target=3, limits=replace(LIMITS, retries=2))
+    play.echo(committed=7)
+    for _ in range(2):
+        assert play.run.outcome is None
+        play.echo(committed=7)
+    assert play.end.failure is not None
+
+
 def test_a_lone_worker_may_die_as_often_as_it_likes_with_steps_in_between():
     play = reach(Phase.TRAINING, target=1)
     for number in range(10):
@@ -801,6 +810,8 @@ def test_whom_the_others_blame_is_replaced_when_all_live_and_it_fails_again():
             assert play.form.members == (0, 1, 2)
             play.formed()
     assert play.form.members == (0, 2)
+    play.formed()
+    play.wait(REFUSED_S)  # at once, another might well get the same place
     assert play.run.asked == {3}
 
 

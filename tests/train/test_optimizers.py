@@ -183,6 +183,26 @@ def test_steps_and_keras_leave_dynamo_out_and_equal_the_ordinary_ones_bit_for_bi
     subprocess.run([sys.executable, "-c", QUIET], check=True, timeout=100)
 
 
+READY = """
+import sys, torch
+from lepton_ray.train import optimizers
+
+class Own(torch.optim.SGD):
+    pass
+
+optimizers.quiet_construction()
+for kind, is_needed in ((torch.optim.SGD, False), (Own, True)):
+    optimizers.prepare_step(kind([torch.zeros(1, requires_grad=True)], lr=0.1))
+    assert ("torch._dynamo" in sys.modules) == is_needed, kind
+"""
+
+
+@pytest.mark.slow
+def test_what_the_first_step_of_ones_own_optimizer_imports_is_there_before_it():
+    """Nobody trains yet while a worker is built, but all wait for a newcomer's first step."""
+    subprocess.run([sys.executable, "-c", READY], check=True, timeout=100)
+
+
 def test_the_undecorated_step_is_found_on_this_torch():
     """A torch that wraps `step` in another way costs 2 s per worker: have a look at `_bare_step` then."""
     for name in ("sgd", "adam", "adamw", "rmsprop", "adagrad", "fused adam"):
