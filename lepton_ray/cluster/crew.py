@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -89,12 +90,13 @@ class Crew:
             self._built.add(number)
             try:
                 words[number] = await asyncio.wait_for(actor.word.remote(), WORD_S)
-                self._nodes[number] = await asyncio.wait_for(actor.ping.remote(), WORD_S)
             except (ActorUnavailableError, asyncio.TimeoutError):
                 words[number] = Word(at=At.STARTING)
                 self._built.discard(number)
             except RayError:
                 del self._actors[number]
+            with suppress(RayError, asyncio.TimeoutError):
+                self._nodes[number] = await asyncio.wait_for(actor.ping.remote(), WORD_S)
         return words
 
     async def refs(self) -> dict[str, Any]:

@@ -310,7 +310,7 @@ class Loop:
             state.todo += [Kind.EPOCH, Kind.SETTLE, Kind.SETTLE]
         if self._is_due(limits.every_steps, is_epoch_end):
             state.todo.append(Kind.SAVE)
-        elif self._saver.is_mirror_due():
+        if self._saver.is_mirror_due():
             state.todo.append(Kind.MIRROR)
         self._saver.make_room()
 

@@ -148,6 +148,7 @@ KNOWN_AT_ONCE = [
     case(lambda: Resources(cpus=-1), "cpus=-1", ">= 0", name="negative CPUs"),
     case(lambda: Resources(custom={"TPU": -1}), "TPU", "-1", name="negative TPUs"),
     case(lambda: Faults(lease_s=0), "lease_s=0", "0.1", name="no lease"),
+    case(lambda: Faults(mirror_every=-1), "mirror_every=-1", ">= 0", name="a negative number of steps"),
     case(lambda: EarlyStopping(patience=0), "patience=0", "epochs >= 1", name="no patience"),
     # what contradicts
     case(lambda: trainer(epochs=1, steps=1), "epochs=1 and steps=1", "Give one", name="epochs and steps"),

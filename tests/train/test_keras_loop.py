@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lepton_ray import ConfigError
+from lepton_ray import Batch, ConfigError
 from tests.train.in_process import Done, run_job
 
 if importlib.util.find_spec("keras") is None:
@@ -51,6 +51,22 @@ def test_objects_of_keras_may_be_given_to_the_trainer(storage: str) -> None:
     model.compile(**options)
     expected = model.evaluate(X, LABELS, verbose=0, return_dict=True)
     assert done.result.metrics["test_top2"] == pytest.approx(expected["top2"])
+
+
+def test_a_reproducible_keras_model_ends_with_the_same_bits_for_any_number_of_workers(storage: str) -> None:
+    """With dropout of its own seed: any other draws from torch's generator, which the threads of a test share."""
+
+    def train(workers: int) -> tuple[str, dict[str, float]]:
+        model = classifier(layers.BatchNormalization(), layers.Dropout(0.3, seed=3), layers.Dense(3))
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        measured = keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="entropy")
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss, metrics=["accuracy", measured])
+        options: dict[str, Any] = {"batch": Batch(samples=20, microbatches=6, clip_norm=1.0), "reproducible": True}
+        place = {"storage": storage, "name": f"of-{workers}"}
+        done = run_job(model, (X, LABELS), (X, LABELS), num_workers=workers, epochs=2, **place, **options)
+        return done.result.receipt.weights_sha256, done.result.metrics
+
+    assert train(1) == train(3)
 
 
 def test_torch_optimizer_and_scheduler_train_a_keras_model(storage: str) -> None:
