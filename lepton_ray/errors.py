@@ -14,6 +14,8 @@ Every error keeps its fields through pickling, since most of them cross a proces
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 
 class LeptonError(Exception):
     """Base of everything that lepton_ray raises on purpose."""
@@ -62,6 +64,15 @@ class WaitTimeout(LeptonError, TimeoutError):
 
     peer: int | None = None
     """As for PeerLost."""
+
+
+E = TypeVar("E", bound="PeerLost | WaitTimeout")
+
+
+def blame(error: E, peer: int | None) -> E:
+    """Note on an error that a rank is silent; return it, to be raised where no variable keeps it and its frames."""
+    error.peer = peer
+    return error
 
 
 def silent_peer(error: BaseException | None) -> int | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from lepton_ray.errors import PeerLost, WaitTimeout
+from lepton_ray.errors import PeerLost, WaitTimeout, blame
 
 # Socket buffers that keep a link busy while the other end reduces a piece. Set only where the kernel grants them:
 # asking for more than it grants leaves a small buffer and turns its own tuning off.
@@ -78,8 +78,7 @@ class Link:
     def lost(self, error: OSError) -> PeerLost:
         """Say which connection broke."""
         found = PeerLost(f"the connection to rank {self.peer} broke ({error.strerror or error})")
-        found.peer = self.peer if error.errno in SILENT else None
-        return found
+        return blame(found, self.peer if error.errno in SILENT else None)
 
     def look(self) -> None:
         """Raise PeerLost if the other machine acknowledges nothing of what it is sent, for seconds."""
@@ -92,9 +91,8 @@ class Link:
         retries, unacknowledged, silent_ms = _INFO.unpack(info)
         # A peer that does not read has a closed window, and nothing on its way that it would have to acknowledge.
         if unacknowledged and retries >= _RETRIES and silent_ms >= _SILENT_MS:
-            found = PeerLost(f"the machine of rank {self.peer} has not answered for {silent_ms / 1000:.1f} s")
-            found.peer = self.peer
-            raise found
+            what = f"the machine of rank {self.peer} has not answered for {silent_ms / 1000:.1f} s"
+            raise blame(PeerLost(what), self.peer)
 
 
 class Watch:

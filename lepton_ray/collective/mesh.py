@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from lepton_ray.collective.links import SILENT, Link, Watch
 from lepton_ray.collective.tls import Tls
-from lepton_ray.errors import LeptonError, PeerLost, WaitTimeout
+from lepton_ray.errors import LeptonError, PeerLost, WaitTimeout, blame
 
 Exchange = Callable[[bytes], Sequence[bytes]]
 """Gives the own address to all ranks of a group; returns the addresses of all, by rank."""
@@ -97,12 +97,9 @@ class Mesh:
             except OSError as error:
                 if not isinstance(error, TimeoutError) and error.errno not in SILENT:
                     raise
-                silent = WaitTimeout(
-                    f"rank {self.rank} waited {time.monotonic() - begun_s:.1f} s for rank {peer} at {host}:{port} to "
-                    "answer"
-                )
-                silent.peer = peer
-                raise silent from error
+                waited_s = time.monotonic() - begun_s
+                what = f"rank {self.rank} waited {waited_s:.1f} s for rank {peer} at {host}:{port} to answer"
+                raise blame(WaitTimeout(what), peer) from error
         listener.setblocking(False)
         self._welcome(listener, deadline_s)
         self._disown(listener)

@@ -44,7 +44,7 @@ from lepton_ray.collective.links import Flow, Link, late
 from lepton_ray.collective.memory import copy
 from lepton_ray.collective.mesh import Exchange, Mesh
 from lepton_ray.collective.row import Row, bytes_of, pieces
-from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout
+from lepton_ray.errors import ConfigError, PeerLost, WaitTimeout, blame
 from lepton_ray.plan.ring import all_gather, chunk_bounds, reduce_scatter
 
 # What a rank says last when it leaves on purpose. Without it, the end of its stream is a death.
@@ -434,8 +434,6 @@ class _Operation:
             if reason is not None:
                 raise PeerLost(message) from error
             if isinstance(error, (PeerLost, WaitTimeout)):
-                again = type(error)(message)
-                again.peer = error.peer
-                raise again from error.__cause__
+                raise blame(type(error)(message), error.peer) from error.__cause__
         finally:
             ring._operating.release()
