@@ -234,6 +234,7 @@ class Hosts:
         options = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
         command = [each.replace("--gcs_server_port=0", f"--gcs_server_port={port}") for each in options]
         os.kill(pid, signal.SIGKILL)
+        until(lambda: not self.head.processes("gcs_server"), "the end of Ray's head")  # it has the port
         return lambda: self._start_gcs(command)
 
     def _start_gcs(self, command: Sequence[str]) -> None:
