@@ -208,6 +208,7 @@ class DistributedTrainer:
             if not is_new:  # another driver was faster: was it with the same configuration?
                 launch.running(name)
                 self._earlier(name, folder)
+        launch.check_folder(running, name, folder)
         return Job(name, folder.url, running, self._model, on_result=self._take_weights)
 
     def _connect(self, spare: int) -> Slot:

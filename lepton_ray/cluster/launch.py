@@ -82,6 +82,16 @@ def running(name: str) -> Any:
     return None
 
 
+def check_folder(controller: Any, name: str, folder: Folder) -> None:
+    """Raise ConfigError when the job that runs under this name has another folder."""
+    found = answer(controller.status.remote(), f"the controller of {name!r}")["path"]
+    if found != folder.url:
+        raise ConfigError(
+            f"a run named {name!r} is under way in {found}, and this one would be in {folder.url}. Use another name, "
+            "or the storage= of that run."
+        )
+
+
 def find(name: str) -> Any:
     """Return the controller of a job, running or just ended, or None."""
     if not any(each.startswith(CONTROLLER_PREFIX) for each in actor_names()):

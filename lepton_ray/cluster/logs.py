@@ -7,7 +7,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from lepton_ray.storage import Folder
 
@@ -21,20 +21,27 @@ def written_to(folder: Folder, name: str) -> Iterator[None]:
     else:  # written anew at the end of each part, by each process under a name of its own
         name = f"{name}.{os.getpid()}"
         path = os.path.join(tempfile.gettempdir(), f"lepton_ray-{folder.url.replace('/', '_')}-{name}.log")
-    sys.stdout.flush(), sys.stderr.flush()
+    _flush()
     kept = os.dup(1), os.dup(2)
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.dup2(target, 1), os.dup2(target, 2)
         yield
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
+        _flush()
         os.dup2(kept[0], 1), os.dup2(kept[1], 2)
         for descriptor in (*kept, target):
             os.close(descriptor)
         if not folder.is_local:
             with open(path, "rb") as file:
                 folder.write(f"{name}.log", file.read())
+
+
+def _flush() -> None:
+    """Write out what was printed. What a full disk does not take is written with what is printed next."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
 
 
 def user_traceback(error: BaseException) -> str:

@@ -65,6 +65,17 @@ def test_driver_of_another_configuration_is_refused_however_fast(ray_cluster: No
     assert "another configuration" in str(refusal)
 
 
+def test_run_of_that_name_in_another_folder_is_not_taken_for_this_one(ray_cluster: None, storage: str) -> None:
+    long = {"epochs": 1_000_000}
+    running = trainer(storage, "elsewhere", **long).submit()
+    try:
+        with pytest.raises(ConfigError, match="is under way in .*Use another name"):
+            trainer(f"{storage}-2", "elsewhere", **long).submit()
+    finally:
+        running.cancel("enough")
+    until(lambda: running.status()["outcome"] == "cancelled", "its end")
+
+
 def test_next_job_takes_the_process_of_the_last_unless_that_is_dead(ray_cluster: None, storage: str) -> None:
     def run(name: str) -> tuple[int, Job]:
         job = trainer(storage, name).submit()

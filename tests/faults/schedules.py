@@ -32,8 +32,9 @@ def disturbed(storage: str, name: str, seed: int) -> tuple[Job, Result]:
     draw = random.Random(seed)
 
     def kill(pids: dict[int, int]) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(pids.pop(draw.choice([*pids])), signal.SIGKILL)
+        if pids:  # else all that are known were killed before
+            with suppress(ProcessLookupError):
+                os.kill(pids.pop(draw.choice([*pids])), signal.SIGKILL)
 
     def resize(workers: int) -> Act:
         def act(pids: dict[int, int]) -> None:

@@ -57,6 +57,7 @@ def test_a_reproducible_keras_model_ends_with_the_same_bits_for_any_number_of_wo
     """With dropout of its own seed: any other draws from torch's generator, which the threads of a test share."""
 
     def train(workers: int) -> tuple[str, dict[str, float]]:
+        keras.utils.set_random_seed(1)  # of the layers, each of which draws a seed when it is made
         model = classifier(layers.BatchNormalization(), layers.Dropout(0.3, seed=3), layers.Dense(3))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         measured = keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="entropy")
