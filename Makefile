@@ -10,7 +10,7 @@ BENCHMARKS := first_step throughput checkpoint_stall report_cost memory allreduc
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # all targets share .venv, and tests measure time
-.PHONY: help demo test check sim soak lint format bench conformance conformance-ray clean
+.PHONY: help demo test check faults sim soak lint format bench conformance conformance-ray clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,9 @@ test: $(VENV)/.dev ## run all tests
 
 check: lint ## lint and run the fast tests
 	$(BIN)/python -m pytest -m "not slow and not tensorflow"
+
+faults: $(VENV)/.dev ## run the tests of faults that `make test` leaves out (a quarter of an hour)
+	$(BIN)/python -m pytest -m long
 
 sim: $(VENV)/.dev ## drive the planner through 10,000 made-up lives with faults
 	$(BIN)/python -m lepton_ray.sim.drive --seeds 10000

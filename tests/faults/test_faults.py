@@ -221,7 +221,9 @@ def test_newcomers_copy_the_state_of_a_sibling(storage: str, calm: torch.Tensor)
     assert not records(job, "resumed")
 
 
-@pytest.mark.parametrize("what", [die, freeze], ids=["dies", "freezes"])
+@pytest.mark.parametrize(
+    "what", [pytest.param(die, id="dies"), pytest.param(freeze, id="freezes", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize(("where", "worker"), [("lend", 0), ("borrow", 2), ("forming", 1)])
 def test_a_worker_is_lost_while_a_newcomer_joins(
     where: str, worker: int, what: Callable[[], None], storage: str, calm: torch.Tensor
@@ -280,7 +282,7 @@ def test_failures_in_a_row_end_the_run(storage: str, calm: torch.Tensor) -> None
     assert len(records(job, "generation")) == 3
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 20))])
 def test_random_kills_and_resizes(seed: int, storage: str, calm: torch.Tensor) -> None:
     assert_nothing_lost(*disturbed(storage, "job", seed), calm, redone=STEPS)
 

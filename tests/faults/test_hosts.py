@@ -18,7 +18,7 @@ from tests.faults import hosts
 from tests.faults.hosts import Host, Hosts, until
 from tests.faults.scene import STEPS_PER_EPOCH
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 
 WORKERS = 3
 STRUCK = 1
