@@ -24,6 +24,8 @@ from lepton_ray.train.peers import Alone, Peers
 from tests.train.in_process import Done, run_job
 from tests.train.plain import CLASSES, FEATURES, X, Y, sgd
 
+pytestmark = pytest.mark.slow
+
 Together = Callable[[int, Callable[[Peers], Any]], list[Any]]
 
 DATA, TEST = (X.astype(np.float32), Y), (X[:31].astype(np.float32), Y[:31])
