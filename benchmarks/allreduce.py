@@ -80,7 +80,7 @@ def main() -> None:
     sizes = {**SIZES, **(LARGE if asked.large else {})}
     if asked.quick:
         sizes = {name: size for name, size in sizes.items() if size <= QUICK_BYTES}
-    bench = Bench(1 if asked.quick else asked.rounds, sizes, most_calls=3 if asked.quick else 200)
+    bench = Bench(1 if asked.quick else asked.rounds, sizes, most_calls=3 if asked.quick else 1000)
     with scratch() as folder:
         for world in (2, 4):
             bench.local(folder, world, asked.mpi)

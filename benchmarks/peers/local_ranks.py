@@ -25,7 +25,7 @@ def serve(run: Run, rank: int, meeting: str) -> None:
 
     from lepton_ray.collective import shm
     from lepton_ray.collective.group import Group
-    from lepton_ray.collective.kernel import sum_into_all
+    from lepton_ray.collective.kernel import addresses_of, sum_into_all
 
     torch.set_num_threads(1)
     world = run.workers
@@ -71,8 +71,8 @@ def serve(run: Run, rank: int, meeting: str) -> None:
         here, others = registered[:part], [spare[part * i : part * (i + 1)] for i in range(world - 1)]
         step = max(1024, min(BLOCK_BYTES, (1 << 20) // world) // 4)
         if has_kernel:
-            addresses = [array.ctypes.data for array in (here, *others)]
-            return lambda: kernel and kernel(addresses, part)
+            addresses = addresses_of([array.ctypes.data for array in (here, *others)])
+            return lambda: kernel and kernel(addresses, 0, part)
         return lambda: stream(here, others, step)
 
     acts = {

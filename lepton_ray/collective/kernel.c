@@ -10,10 +10,10 @@
 enum { PIECE = 256 };
 
 #define SUM_INTO_ALL(NAME, TYPE)                                                     \
-    void NAME(TYPE *const *arrays, int64_t world, int64_t count) {                   \
+    void NAME(TYPE *const *arrays, int64_t world, int64_t begin, int64_t end) {      \
         TYPE sums[PIECE];                                                            \
-        for (int64_t start = 0; start < count; start += PIECE) {                     \
-            int64_t length = count - start < PIECE ? count - start : PIECE;          \
+        for (int64_t start = begin; start < end; start += PIECE) {                   \
+            int64_t length = end - start < PIECE ? end - start : PIECE;              \
             const TYPE *first = arrays[0] + start, *second = arrays[1] + start;      \
             for (int64_t i = 0; i < length; i++) sums[i] = first[i] + second[i];     \
             for (int64_t rank = 2; rank < world; rank++) {                           \

@@ -23,9 +23,10 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-SumIntoAll = Callable[[Sequence[int], int], None]
-"""Sum two arrays or more of one dtype, in their order, and write the sum into all of them: their addresses, and how
-many elements each has."""
+Addresses = ctypes.Array[ctypes.c_void_p]
+SumIntoAll = Callable[[Addresses, int, int], None]
+"""Sum two arrays or more of one dtype, in their order, and write the sum into all of them: their addresses, and from
+which element to which."""
 
 _SOURCE = Path(__file__).with_name("kernel.c")
 # Tried too: stores that go past the cache. They are no faster where the line has just been read.
@@ -41,12 +42,17 @@ def sum_into_all(dtype: np.dtype) -> SumIntoAll | None:
     if name is None or library is None:
         return None
     function = getattr(library, name)
-    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
+    function.argtypes, function.restype = (ctypes.c_void_p, *[ctypes.c_int64] * 3), None
 
-    def apply(addresses: Sequence[int], count: int) -> None:
-        function((ctypes.c_void_p * len(addresses))(*addresses), len(addresses), count)
+    def apply(addresses: Addresses, start: int, stop: int) -> None:
+        function(addresses, len(addresses), start, stop)
 
     return apply
+
+
+def addresses_of(addresses: Sequence[int]) -> Addresses:
+    """Make what a kernel takes."""
+    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 @cache

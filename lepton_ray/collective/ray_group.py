@@ -18,6 +18,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -123,8 +124,8 @@ class LeptonGroup(BaseGroup):
 
     timeout_s: ClassVar[float] = 60
     tls: ClassVar[bool] = False
-    host_devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
-    """Kinds of devices whose tensors lie in host memory."""
+    is_in_host: ClassVar[Callable[[torch.Tensor], bool]] = attrgetter("is_cpu")
+    """Whether a tensor lies in host memory."""
 
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
@@ -293,8 +294,9 @@ class LeptonGroup(BaseGroup):
 
     def _accelerator(self, tensor: Tensor) -> Accelerator | None:
         """Return what carries tensors of this device; None for those in host memory, or that go through it."""
-        if isinstance(tensor, np.ndarray) or (device := tensor.device.type) in self.host_devices:
+        if isinstance(tensor, np.ndarray) or self.is_in_host(tensor):
             return None
+        device = tensor.device.type
         if device not in self._accelerators:
             self._accelerators[device] = self._agree_on(device)
         return self._accelerators[device]

@@ -23,21 +23,24 @@ import numpy as np
 from lepton_ray.collective.board import WORDS_BYTES, Board
 from lepton_ray.collective.calls import HEADER, SUM, Array, Reduction, mismatch
 from lepton_ray.collective.holdings import HEAP, Holdings, Place
-from lepton_ray.collective.kernel import sum_into_all
+from lepton_ray.collective.kernel import Addresses, addresses_of, sum_into_all
 from lepton_ray.collective.layout import Way, blocks, choose, cut, even_parts, turns, whole_part
 from lepton_ray.collective.memory import Segment, address_of, copy
 
 SLOT_BYTES = 512 << 10
 # Copying both ways costs less than a second meeting. In the group's memory there is nothing to copy.
-COPY_BYTES, SMALL_BYTES = 128 << 10, 16 << 10
+COPY_BYTES, SMALL_BYTES = 128 << 10, 32 << 10
 # A block of all ranks' arrays is in the cache of one core, so that what has been read is written without being fetched.
 _BLOCK_BYTES, _BLOCKS_BYTES = 256 << 10, 1 << 20
 _READ_BYTES = 4 << 20  # between two looks whether the group has ended
-_KINDS = 64  # of small arrays, by dtype and size, whose views of the slots are kept
+# What is kept from one operation to the next: views of the slots, by dtype and size of small arrays, and what follows
+# from where larger ones lie.
+_KINDS = 64
 
 # What a rank shows at the first meeting of an operation: header, and the fields of `Place`. Those of a list of arrays
 # lie in its slot.
-_NOTE, _PLACE = struct.Struct(f"<{HEADER.size}sqqqqq"), struct.Struct("<qqqqq")
+_PLACE = struct.Struct("<qqqqq")
+_NOTE = struct.Struct(f"<{HEADER.size}s{_PLACE.format[1:]}")
 _NOTE_BYTES = 128  # a pair of cache lines
 PROOF_AT = 2048  # left to whoever forms the group
 _SLOTS_AT = 4096
@@ -52,6 +55,8 @@ class _Begun(NamedTuple):
     """By rank, what was copied into them (COPY)."""
     places: list[Place]
     """By rank, where the arrays lie (otherwise)."""
+    addresses: Addresses | None = None
+    """Where this process sees them, its own first (IN_PLACE)."""
 
 
 class SharedMemory:
@@ -89,17 +94,20 @@ class SharedMemory:
             for at in (WORDS_BYTES, WORDS_BYTES + _NOTE_BYTES)
         ]
         self._headers = [[note[: HEADER.size] for note in notes] for notes in self._notes]
+        self._places = [[note[HEADER.size :] for note in notes] for notes in self._notes]
         self._slots = [
             [each.data[at : at + SLOT_BYTES] for each in segments] for at in (_SLOTS_AT, _SLOTS_AT + SLOT_BYTES)
         ]
         self._typed_slots: dict[tuple[Any, int], list[list[Array]]] = {}
+        self._known: dict[bytes, _Begun] = {}
+        """By the places of all ranks. They count what a rank has freed, so what was known of freed memory is not found."""
         self._scratch = np.empty(_BLOCK_BYTES, np.uint8)
 
     def release(self) -> None:
         """Let go of all memory of the group, and of the arrays of the peers."""
         self.board.release()
         self.holdings.release()
-        self._notes, self._headers, self._slots, self._typed_slots = [], [], [], {}
+        self._notes, self._headers, self._places, self._slots, self._typed_slots = [], [], [], [], {}
 
     def barrier(self, header: bytes) -> None:
         self._show(header, np.empty(0, np.uint8))
@@ -223,27 +231,34 @@ class SharedMemory:
 
     def _begin(self, header: bytes, array: Array) -> _Begun:
         """Meet all ranks, check that they call the same, choose the way."""
-        size_bytes = array.nbytes
-        if size_bytes <= SMALL_BYTES:
+        if array.nbytes <= SMALL_BYTES:
             return _Begun(Way.COPY, self._show(header, array), [])
         parity = self.board.round + 1 & 1
         place = HEAP.find(array)
-        if size_bytes <= COPY_BYTES and not place.inode:
+        if array.nbytes <= COPY_BYTES and not place.inode:
             self._copy_in(array)
         _NOTE.pack_into(self._notes[parity][self._rank], 0, header, *place)
         self._meet_for(header)
-        places = [
-            place if rank == self._rank else Place(*_NOTE.unpack_from(note)[1:])
-            for rank, note in enumerate(self._notes[parity])
-        ]
-        is_shared = [each.inode != 0 for each in places]
-        way = choose(size_bytes, COPY_BYTES, is_shared, self.can_read)
-        if way is not Way.COPY:
+        shown = b"".join(self._places[parity])
+        return self._known.get(shown) or self._look_up(shown, array)
+
+    def _look_up(self, shown: bytes, array: Array) -> _Begun:
+        places = [Place(*fields) for fields in _PLACE.iter_unpack(shown)]
+        is_shared = [place.inode != 0 for place in places]
+        way = choose(array.nbytes, COPY_BYTES, is_shared, self.can_read)
+        if way is Way.COPY:
+            if any(is_shared):  # they did not copy, since the others' arrays might have been shared too
+                self._copy_in(array)
+                self.board.meet()
+            return _Begun(way, self._slots_like(array)[self.board.round & 1], places)
+        if way is not Way.IN_PLACE:
             return _Begun(way, [], places)
-        if any(is_shared):  # they did not copy, since the others' arrays might have been shared too
-            self._copy_in(array)
-            self.board.meet()
-        return _Begun(way, self._slots_like(array)[self.board.round & 1], places)
+        seen = [self.holdings.address(peer, places[peer]) for peer in self._peers]
+        begun = _Begun(way, [], places, addresses_of([places[self._rank].address, *seen]))
+        if len(self._known) >= _KINDS:
+            self._known.clear()
+        self._known[shown] = begun
+        return begun
 
     def _begin_parts(self, header: bytes, parts: Sequence[Array]) -> _Begun:
         """Meet all ranks and choose the way likewise, for arrays of which each rank wants only one from each."""
@@ -298,16 +313,10 @@ class SharedMemory:
         """Reduce the own part of all arrays, and write the result into all of them."""
         start, stop = bounds[self._rank], bounds[self._rank + 1]
         kernel = sum_into_all(array.dtype) if op is SUM else None
-        if kernel is not None:
-            places = begun.places
-            addresses = [
-                places[self._rank].address,
-                *(self.holdings.address(peer, places[peer]) for peer in self._peers),
-            ]
+        if kernel is not None and begun.addresses is not None:
             for block in blocks(start, stop, max(1, _READ_BYTES // array.itemsize)):
                 self.board.check()
-                offset = block.start * array.itemsize
-                kernel([address + offset for address in addresses], block.stop - block.start)
+                kernel(begun.addresses, block.start, block.stop)
         else:
             for block in blocks(start, stop, self._block(array)):
                 self._reduce_part(begun, array[block], array[block], op, block.start)

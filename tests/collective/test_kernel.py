@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lepton_ray.collective.kernel import sum_into_all
+from lepton_ray.collective.kernel import addresses_of, sum_into_all
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(
@@ -46,7 +46,7 @@ def test_sums_have_the_bits_of_numpy(kind: str, world: int, count: int) -> None:
     expected = arrays[0].copy()
     for other in arrays[1:]:
         expected += other
-    kernel([array.ctypes.data for array in arrays], count)
+    kernel(addresses_of([array.ctypes.data for array in arrays]), 0, count)
     assert all(np.array_equal(array, expected) for array in arrays)
 
 

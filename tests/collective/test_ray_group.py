@@ -360,7 +360,7 @@ def check_on_a_device(rank: int, group: str) -> None:
     from lepton_ray.collective import ray_group
 
     formed = ray_group._forming_or_formed[group]
-    formed.host_devices = frozenset()
+    formed.is_in_host = lambda tensor: False
     if rank == 0:  # two ranks alone do not begin with it
         collective.send(torch.ones(3), 1, group)
     else:
