@@ -124,7 +124,7 @@ class LeptonGroup(BaseGroup):
 
     timeout_s: ClassVar[float] = 60
     tls: ClassVar[bool] = False
-    is_in_host: ClassVar[Callable[[torch.Tensor], bool]] = attrgetter("is_cpu")
+    is_in_host: ClassVar[attrgetter[bool]] = attrgetter("is_cpu")
     """Whether a tensor lies in host memory."""
 
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:

@@ -100,7 +100,7 @@ class SharedMemory:
         ]
         self._typed_slots: dict[tuple[Any, int], list[list[Array]]] = {}
         self._known: dict[bytes, _Begun] = {}
-        """By the places of all ranks. They count what a rank has freed, so what was known of freed memory is not found."""
+        """By the places of all ranks. They count what a rank has freed: freed memory is not found again."""
         self._scratch = np.empty(_BLOCK_BYTES, np.uint8)
 
     def release(self) -> None:
