@@ -9,7 +9,9 @@ trainer. Everybody gets the same array and starts after a barrier of all.
 
 Flat: 2 and 4 machines with one rank each. The bound is what each link must carry, 2 (N - 1) / N of the array, at its
 nominal rate, but for what a bucket lets through at once: 2 ms of traffic, so that a busy kernel can keep up the rate.
-TCP over Ethernet carries 1448 bytes in 1514, so nobody can get beyond 0.956 of the bound.
+TCP over Ethernet carries 1448 bytes in 1514, so nobody can get beyond 0.956 of the bound. A bucket on a busy kernel
+lets through less than its rate; "plain sockets" is what is left: each machine sends as many bytes to the next one as
+the bound counts, all at once, by `sendall` in one thread and `recv_into` in another, and nothing is computed.
 Hierarchical: 2 machines with 2 ranks each. A ring of all ranks carries 1.5 arrays over each link, ranks that sum within
 their machine first carry 1.
 
@@ -28,9 +30,11 @@ import datetime
 import multiprocessing
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,7 +44,7 @@ from typing import Any
 import numpy as np
 from harness import arguments, interleave, median_ratio, report
 
-GLOO, FP32, BF16, INT8 = "torch gloo", "fp32", "bf16", "int8"
+GLOO, FP32, BF16, INT8, SOCKETS = "torch gloo", "fp32", "bf16", "int8", "plain sockets"
 SECRET = b"of this benchmark"
 PREFIX = "lepton"
 CLONE_NEWNET = 0x40000000
@@ -72,7 +76,7 @@ def main() -> None:
         with Ranks(rate, machines, each) as ranks:
             for name, size in sizes.items():
                 what = f"{rate} Mbit/s, {machines} x {each}, {name}, ms"
-                methods = [FP32, GLOO] if each == 1 else [FP32, BF16, INT8, GLOO]
+                methods = [FP32, GLOO, SOCKETS] if each == 1 else [FP32, BF16, INT8, GLOO]
                 measured[what] = interleave(
                     1 if asked.quick else asked.rounds,
                     {method: ranks.measure(method, size) for method in methods},
@@ -93,6 +97,7 @@ def targets(measured: dict[str, dict[str, list[float]]], bounds: dict[str, float
             for method, times in methods.items():
                 wanted = " (>= 0.95)" if method == FP32 else ""
                 found[f"{what}: {method}, part of the bound{wanted}"] = bounds[what] / statistics.median(times)
+            found[f"{what}: {FP32}, part of what plain sockets do"] = median_ratio(methods[SOCKETS], methods[FP32])
         else:
             least = {FP32: 1.45, BF16: 2.8, INT8: 3.5 if what.startswith("100 ") else 0}
             for method, factor in least.items():
@@ -206,15 +211,35 @@ def serve(rank: int, world: int, machine: str, pipe: Connection) -> None:
     start_s = 0.0
     group.form(exchange)
     pipe.send(time.perf_counter() - start_s)
+    plain = neighbours(store, rank, world, f"10.99.0.{int(machine[-1]) + 1}")
     largest = 16 * MB // 4
     registered, private = group.empty(largest), torch.empty(largest).numpy()
     while (order := pipe.recv()) is not None:
-        pipe.send(act(group, registered, private, *order))
+        pipe.send(act(group, plain, registered, private, *order))
     dist.destroy_process_group()
     group.close()
 
 
-def act(group: Any, registered: Any, private: Any, method: str, size_bytes: int) -> float | str:
+def neighbours(store: Any, rank: int, world: int, host: str) -> tuple[socket.socket, socket.socket]:
+    """Connect the ranks in a ring: to the next one, and from the one before."""
+    with socket.create_server((host, 0)) as server:
+        store.set(f"plain {rank}", f"{host} {server.getsockname()[1]}")
+        there, port = store.get(f"plain {(rank + 1) % world}").decode().split()
+        onward = socket.create_connection((there, int(port)))
+        return onward, server.accept()[0]
+
+
+def stream(onward: socket.socket, inward: socket.socket, outgoing: Any, incoming: Any) -> None:
+    """Send and receive so many bytes at once."""
+    sender = threading.Thread(target=onward.sendall, args=(outgoing,))
+    sender.start()
+    left = memoryview(incoming).cast("B")
+    while left:
+        left = left[inward.recv_into(left) :]
+    sender.join()
+
+
+def act(group: Any, plain: Any, registered: Any, private: Any, method: str, size_bytes: int) -> float | str:
     """Reduce once; return the seconds."""
     import torch
     import torch.distributed as dist
@@ -222,6 +247,13 @@ def act(group: Any, registered: Any, private: Any, method: str, size_bytes: int)
     if method == "explain":
         explained: str = group.explain(size_bytes)
         return explained
+    if method == SOCKETS:
+        count = size_bytes // 4 * 2 * (group.world - 1) // group.world
+        outgoing, incoming = np.zeros(count, np.float32), np.empty(count, np.float32)
+        group.barrier()
+        start_s = time.perf_counter()
+        stream(*plain, outgoing, incoming)
+        return time.perf_counter() - start_s
     array = (private if method == GLOO else registered)[: size_bytes // 4]
     array[:] = np.linspace(0, 1, array.size, dtype=np.float32)
     tensor = torch.from_numpy(array)

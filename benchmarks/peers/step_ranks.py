@@ -21,7 +21,7 @@ class Rank:
         from lepton_ray.cluster.peers import RayPeers
 
         torch.set_num_threads(1)
-        peers = RayPeers("steps", rank, run.workers, 60, tls=False)
+        peers = RayPeers("steps", range(run.workers), rank, 60, tls=False)
         acts = {
             "by hand": functools.cache(functools.partial(by_hand, run, peers)),
             "steps": functools.cache(functools.partial(steps, run, peers, False)),

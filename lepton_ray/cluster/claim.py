@@ -15,6 +15,7 @@ from lepton_ray.cluster.scheduler import scheduler
 from lepton_ray.plan.adopt import Word
 from lepton_ray.plan.allocate import Refuse
 from lepton_ray.plan.events import Event, Granted, Refused
+from lepton_ray.plan.recover import workers_of
 from lepton_ray.plan.types import Request
 
 ASK_AGAIN = 5
@@ -71,6 +72,7 @@ class Claim:
             job=order.name,
             workers=order.size * (1 if self._is_admitted else min(self._start, wanted)),
             most=order.size * wanted,
+            multiple=order.size,
             slot=order.slot,
             environment=order.environment,
             spare_cpus=order.spare_cpus,
@@ -89,14 +91,16 @@ class Claim:
     async def _take(self, answer: Places) -> None:
         """Use the places that were given; those that nobody wants any more go back."""
         self._is_admitted = True
-        numbers = [] if self._is_over else sorted(self._wanted)[: len(answer.places)]
-        surplus = answer.places[len(numbers) :]
+        size = self._order.size
+        numbers = [] if self._is_over else sorted(self._wanted)[: len(answer.places) // size]
+        workers = [worker for number in numbers for worker in workers_of(number, size)]
+        surplus = answer.places[len(workers) :]
         if surplus:
             await self._put_back([held.name for held in surplus], {})
         if numbers:
-            self._crew.held |= dict(zip(numbers, answer.places))
+            self._crew.held |= dict(zip(workers, answer.places))
             self._wanted -= set(numbers)
-            names = {str(number): held.name for number, held in zip(numbers, answer.places)}
+            names = {str(worker): held.name for worker, held in zip(workers, answer.places)}
             self._write([{"event": "admitted", "places": names, "reason": answer.reason}])
             self._tell(Granted(frozenset(numbers)))
 
@@ -105,12 +109,15 @@ class Claim:
 
         records: of the journal.
         """
-        names = {name: int(n) for r in records if r["event"] == "admitted" for n, name in r["places"].items()}
-        self._is_admitted = bool(names)
+        numbers = {name: int(n) for r in records if r["event"] == "admitted" for n, name in r["places"].items()}
+        self._is_admitted = bool(numbers)
         self.scheduler = scheduler()
-        held = await self.scheduler.held.remote(self._order.name, self._own)
-        self._crew.held = {names[each.name]: each for each in held if each.name in names}
-        stray = [each.name for each in held if each.name not in names]
+        places = await self.scheduler.held.remote(self._order.name, self._own)
+        size = self._order.size
+        found = {numbers[each.name]: each for each in places if each.name in numbers}
+        # Part of a replica is of no use.
+        self._crew.held = held = {n: found[n] for n in found if found.keys() >= {*workers_of(n // size, size)}}
+        stray = [each.name for each in places if numbers.get(each.name) not in held]
         if stray:
             await self._put_back(stray, {})
         return await self._crew.words()
@@ -120,11 +127,12 @@ class Claim:
             await self.scheduler.put_back.remote(self._order.name, names, warm)
 
     async def release(self, replica: int, *, is_whole: bool) -> None:
-        """Give a place back, with its worker where that is as good as new."""
-        held = self._crew.held.get(replica)
-        if held is not None:
-            warm = await self._crew.dismiss([replica], self.scheduler if is_whole else None)
-            await self._put_back([held.name], warm)
+        """Give the places of a replica back, with its workers where they are as good as new."""
+        workers = [worker for worker in workers_of(replica, self._order.size) if worker in self._crew.held]
+        names = [self._crew.held[worker].name for worker in workers]
+        if names:
+            warm = await self._crew.dismiss(workers, self.scheduler if is_whole else None)
+            await self._put_back(names, warm)
 
     async def end(self, is_reusable: bool) -> None:
         """Hand the workers that are as good as new to the pool; end all others."""

@@ -167,7 +167,8 @@ class Controller:
         run = Run(**arguments)
         past = remembered(self._records)
         words = await self._claim.take_over(self._records)
-        self._begin("adopt", {"run": run, "past": past, "held": [*self._crew.held], "words": words, "now_s": now_s})
+        held = sorted({worker // order.size for worker in self._crew.held})
+        self._begin("adopt", {"run": run, "past": past, "held": held, "words": words, "now_s": now_s})
 
     def _plan(self) -> dict[str, Any]:
         """Return what `plan.membership.begin` takes. Replicas that cannot be fewer wait for each other."""
@@ -263,7 +264,7 @@ class Controller:
         """Take the scheduler's word that places must be left soon."""
         run = self._run
         if run is not None:
-            numbers = [number for number, held in self._crew.held.items() if held.name in names]
+            numbers = sorted({worker // run.size for worker, held in self._crew.held.items() if held.name in names})
             fresh = [n for n in numbers if n in run.replicas and not run.replicas[n].is_revoked]
             if fresh:
                 self._advance(Revoked(frozenset(fresh), f"replicas {fresh} must go: {reason}"))

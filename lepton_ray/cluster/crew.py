@@ -49,13 +49,15 @@ class Crew:
         """own: the handle by which workers call the controller. tell, write: take events, and records."""
         self._order, self._own, self._tell, self._write, self._spawn = order, own, tell, write, spawn
         self.held: dict[int, Held] = {}
-        """Places of the replicas, by their numbers."""
+        """Their places."""
         self._actors: dict[int, Any] = {}
         self._built: set[int] = set()
         """Those that have the model."""
         self._nodes: dict[int, str] = {}
         """Ids of the nodes that they are on."""
-        self._vaults = Vaults(order.faults.mirror_every if order.mode == "train" and order.most else 0)
+        every = order.faults.mirror_every if order.mode == "train" and order.most else 0
+        self._vaults = [Vaults(every, versions=min(order.size, 2)) for _ in range(order.size)]
+        """Of each part of the model."""
         self._asked_s: dict[int, float] = {}
         """Since when an answer is waited for."""
 
@@ -64,9 +66,9 @@ class Crew:
 
     def start(self, workers: Iterable[int], refs: Mapping[str, Any]) -> None:
         """Create the workers that are not warm yet, take the lease on all, and have them build the model."""
-        self._spawn(self._vaults.look())
+        self._look_for_nodes()
         for number in workers:
-            held = self.held[number // self._order.size]
+            held = self.held[number]
             actor = self._actors[number] = held.actor or new_worker(held)
             assignment = Assignment(
                 worker=number,
@@ -77,15 +79,18 @@ class Crew:
             )
             self._spawn(self._answer(number, actor, actor.build.remote(assignment)))
 
+    def _look_for_nodes(self) -> None:
+        for vaults in self._vaults:
+            self._spawn(vaults.look())
+
     async def words(self) -> dict[int, Word]:
         """Ask the workers in the places that are held where they stand."""
-        self._spawn(self._vaults.look())
+        self._look_for_nodes()
         words: dict[int, Word] = {}
-        for replica, held in self.held.items():
+        for number, held in self.held.items():
             actor = named_actor(held.name)
             if actor is None:
                 continue
-            number = replica * self._order.size
             self._actors[number] = actor
             self._built.add(number)
             try:
@@ -112,13 +117,16 @@ class Crew:
 
     def form(self, form: Form, since_step: int) -> None:
         """Have workers form a generation."""
+        firsts = form.members[: self._order.size]
+        found = [vaults.beside(self._nodes.get(first)) for vaults, first in zip(self._vaults, firsts)]
+        mirrors = [each for each in found if each is not None]
         formation = Formation(
             form=form,
             size=self._order.size,
             group=f"{self._order.name}/{form.generation}/{os.getpid()}",
             since_step=since_step,
             collective_timeout_s=self._order.faults.collective_timeout_s,
-            mirrors=self._vaults.beside(self._nodes.get(form.members[0])),
+            mirrors=mirrors if len(mirrors) == len(found) else None,
         )
         sources = (form.sources or {}).values()
         self.order(dict.fromkeys([*form.members, *sources]), "form", formation)
@@ -202,19 +210,19 @@ class Crew:
         calls = [actor.finish.remote() for number, actor in self._actors.items() if number in self._built]
         if calls:
             await asyncio.wait([asyncio.ensure_future(_quietly(call)) for call in calls], timeout=LAST_WORDS_S)
-        self._vaults.end()
+        for vaults in self._vaults:
+            vaults.end()
 
-    async def dismiss(self, replicas: Iterable[int], heir: Any) -> dict[str, Any]:
-        """Let go of replicas; return the actors that are as good as new, by the names of their places.
+    async def dismiss(self, workers: Iterable[int], heir: Any) -> dict[str, Any]:
+        """Let go of workers; return the actors that are as good as new, by the names of their places.
 
         heir: who holds the lease on those; None to end all.
         """
-        gone = [(number, self.held.pop(number)) for number in list(replicas) if number in self.held]
-        workers = {held.name: number * self._order.size for number, held in gone}
-        actors = {name: self._actors.pop(number, None) for name, number in workers.items()}
+        numbers = {self.held.pop(number).name: number for number in [*workers] if number in self.held}
+        actors = {name: self._actors.pop(number, None) for name, number in numbers.items()}
         if heir is None:
             return {}
-        built = {name: actor for name, actor in actors.items() if workers[name] in self._built}
+        built = {name: actor for name, actor in actors.items() if numbers[name] in self._built}
         fit = await asyncio.gather(*(_reset(actor, heir) for actor in built.values()))
         return {name: actor for (name, actor), is_fit in zip(built.items(), fit) if is_fit}
 

@@ -134,6 +134,7 @@ def start(
         path=[entry for entry in sys.path if entry and os.path.isabs(entry)],
         spare_cpus=spare_cpus,
         header=header,
+        size=spec.size,
     )
     held = [[] if value is None else [ray.put(value)] for value in (spec, train_source, test_source)]
     try:

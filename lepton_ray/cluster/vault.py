@@ -32,23 +32,25 @@ NODES_S = 10.0
 class Vault:
     """The actor."""
 
-    def __init__(self) -> None:
-        self._at = (0, -1)
-        self._data = np.empty(0, np.uint8)
+    def __init__(self, versions: int) -> None:
+        """versions: states that are held; where several vaults together hold one, they need not be of one step."""
+        self._versions = versions
+        self._held: dict[int, NDArray[np.uint8]] = {}
 
-    def keep(self, generation: int, step: int, data: NDArray[np.uint8]) -> None:
+    def keep(self, place: int, data: NDArray[np.uint8]) -> None:
         """Hold a state in the place of an older one; what comes late from an earlier generation is not held."""
-        if (generation, step) > self._at:
-            # What Ray hands over may end with the worker that sent it.
-            self._at, self._data = (generation, step), np.array(data)
+        if place > max(self._held, default=-1):
+            self._held[place] = np.array(data)  # what Ray hands over may end with the worker that sent it
+            while len(self._held) > self._versions:
+                del self._held[min(self._held)]
 
-    def step(self) -> int:
-        """Return the step of the state; -1 before there is one."""
-        return self._at[1]
+    def kept(self) -> list[int]:
+        """Return the places of the states."""
+        return [*self._held]
 
-    def data(self) -> NDArray[np.uint8]:
-        """Return the state."""
-        return self._data
+    def data(self, place: int) -> NDArray[np.uint8] | None:
+        """Return the state of a place."""
+        return self._held.get(place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,28 +62,31 @@ class FilledVaults:
     every: int
     rest: float
 
-    def keep(self, generation: int, step: int, data: NDArray[np.uint8]) -> None:
-        ray.get(self.vaults[0].keep.remote(generation, step, data), timeout=10 * CALL_TIMEOUT_S)
+    def keep(self, place: int, data: NDArray[np.uint8]) -> None:
+        ray.get(self.vaults[0].keep.remote(place, data), timeout=10 * CALL_TIMEOUT_S)
 
-    def fetch(self, above: int) -> tuple[int, NDArray[np.uint8]] | None:
-        found = {}
+    def kept(self) -> Sequence[int]:
+        found: list[int] = []
         for vault in self.vaults:
             with suppress(RayError, GetTimeoutError):  # it went with its node
-                found[ray.get(vault.step.remote(), timeout=CALL_TIMEOUT_S)] = vault
-        newest = max(found, default=-1)
-        if newest <= above:
-            return None
-        with suppress(RayError, GetTimeoutError):
-            return newest, ray.get(found[newest].data.remote(), timeout=10 * CALL_TIMEOUT_S)
+                found += ray.get(vault.kept.remote(), timeout=CALL_TIMEOUT_S)
+        return found
+
+    def fetch(self, place: int) -> NDArray[np.uint8] | None:
+        for vault in self.vaults:
+            with suppress(RayError, GetTimeoutError):
+                data: NDArray[np.uint8] | None = ray.get(vault.data.remote(place), timeout=10 * CALL_TIMEOUT_S)
+                if data is not None:
+                    return data
         return None
 
 
 class Vaults:
-    """The vaults of a run, as its controller makes them."""
+    """The vaults of a run, or of a part of its model, as its controller makes them."""
 
-    def __init__(self, every: int | None) -> None:
-        """every: `Faults.mirror_every`."""
-        self._every = every
+    def __init__(self, every: int | None, versions: int) -> None:
+        """every: `Faults.mirror_every`. versions: see `Vault`."""
+        self._every, self._versions = every, versions
         self._vaults: list[tuple[str, Any]] = []
         """Nodes and handles; the newest comes first."""
         self._nodes: set[str] = set()
@@ -98,7 +103,7 @@ class Vaults:
         if own is not None and self._every != 0:
             node = mirror_node(own, self._nodes, current, is_asked=self._every is not None)
             if node is not None and node != current:
-                self._vaults = [(node, _new(node)), *self._vaults][:MOST]
+                self._vaults = [(node, _new(node, self._versions)), *self._vaults][:MOST]
         if not self._vaults:
             return None
         every, rest = (EVERY, REST) if self._every is None else (self._every, 0.0)
@@ -115,8 +120,8 @@ def _living() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def _new(node: str) -> Any:
+def _new(node: str, versions: int) -> Any:
     """Start a vault; where its node is lost, Ray starts an empty one on another."""
     place = NodeAffinitySchedulingStrategy(node, soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 2, "scheduling_strategy": place}
-    return ray.remote(Vault).options(**options).remote()
+    return ray.remote(Vault).options(**options).remote(versions)

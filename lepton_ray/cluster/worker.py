@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -67,7 +67,8 @@ class Formation:
     since_step: int
     """The first step that the journal has no record of."""
     collective_timeout_s: float
-    mirrors: FilledVaults | None
+    mirrors: Sequence[FilledVaults] | None
+    """By coordinate."""
 
 
 class Worker:
@@ -92,10 +93,10 @@ class Worker:
         self._spec: TrainSpec | None = None
         self._task: Any = None
         self._reporter: Reporter | None = None
-        self._peers: RayPeers | None = None
-        self._group = ""
-        self._members: Sequence[int] = ()
-        """Workers of the group, by rank."""
+        self._groups: list[RayPeers] = []
+        """Those that it is in: of all workers first."""
+        self._meeting = ""
+        """The group that it forms, or formed last."""
         self._generation = 0
         """The newest that this worker was told of."""
         self._aborted = 0
@@ -143,7 +144,7 @@ class Worker:
             sys.path[:0] = [entry for entry in assignment.path if entry not in sys.path]
             spec: TrainSpec = ray.get(assignment.spec)
             _check_folder(spec)
-            self._spec = spec
+            self._spec = spec = replace(spec, coordinate=assignment.worker % spec.size)
             self._reporter = Reporter(self._holder, assignment.worker)
             with self._logs():
                 refs = {"train_source": assignment.train_source, "test_source": assignment.test_source}
@@ -192,11 +193,21 @@ class Worker:
         holders = settlement.holders if settlement is not None else frozenset[int]()
         if settlement is not None and self._number in holders:
             self._task.settle(settlement.ballot if self._number in settlement.forward else None)
-        self._leave_group()
+        self._leave_groups()
         if self._number in form.members:
-            self._peers = self._meet(formation.group, form.members, formation.collective_timeout_s)
-            is_fresh, since, mirrors = settlement is None, formation.since_step, formation.mirrors
-            self._task.join(self._peers, form.generation, is_fresh=is_fresh, since_step=since, mirrors=mirrors)
+            everybody, peers = None, self._meet(formation.group, form.members, formation)
+            coordinate, size = self._number % formation.size, formation.size
+            if size > 1:
+                name, workers = f"{formation.group}/part-{coordinate}", form.members[coordinate::size]
+                everybody, peers = peers, self._meet(name, workers, formation)
+            self._task.join(
+                peers,
+                form.generation,
+                is_fresh=settlement is None,
+                since_step=formation.since_step,
+                mirrors=formation.mirrors and formation.mirrors[coordinate],
+                everybody=everybody,
+            )
         for coordinate, source in sources.items():
             takers = [w for w in form.members if w % formation.size == coordinate and w not in holders]
             if takers and self._number in (source, *takers):
@@ -205,24 +216,24 @@ class Worker:
     def _copy(self, formation: Formation, name: str, workers: Sequence[int]) -> None:
         """Give the state of the training to others, or take it over; the first of the workers has it."""
         is_source = self._number == workers[0]
-        peers = self._meet(name, workers, formation.collective_timeout_s)
-        try:
-            (self._task.lend if is_source else self._task.borrow)(peers)
-        finally:
-            peers.close()
-            self._group, self._members = formation.group, formation.form.members
+        peers = self._meet(name, workers, formation)
+        (self._task.lend if is_source else self._task.borrow)(peers)
+        self._groups.remove(peers)
+        peers.close()
 
-    def _meet(self, name: str, workers: Sequence[int], timeout_s: float) -> RayPeers:
+    def _meet(self, name: str, workers: Sequence[int], formation: Formation) -> RayPeers:
         """Form a group of workers, of which this is one."""
         from lepton_ray.cluster.peers import RayPeers
 
         assert self._spec is not None
-        self._group, self._members = name, workers
-        return RayPeers(name, workers.index(self._number), len(workers), timeout_s, tls=self._spec.sync.tls)
+        self._meeting = name
+        peers = RayPeers(name, workers, self._number, formation.collective_timeout_s, tls=self._spec.sync.tls)
+        self._groups.append(peers)
+        return peers
 
-    def _leave_group(self) -> None:
-        peers, self._peers = self._peers, None
-        if peers is not None:
+    def _leave_groups(self) -> None:
+        groups, self._groups = self._groups, []
+        for peers in groups:
             try:
                 peers.close()
             except Exception:  # what cannot be closed ends with the process
@@ -262,7 +273,8 @@ class Worker:
     def _break(self) -> None:
         from lepton_ray.collective import ray_group
 
-        ray_group.abort(self._group)
+        for name in {self._meeting, *(peers.group for peers in self._groups)}:
+            ray_group.abort(name)
 
     def stop(self) -> None:
         """Vote for a stop at the next ballot."""
@@ -302,7 +314,7 @@ class Worker:
         if self._task is not None:
             with suppress(Exception):
                 self._task.close()
-        self._leave_group()
+        self._leave_groups()
 
     def reset(self, heir: Any, lease_s: float) -> bool:
         """Forget the job; return whether the process is as good as new for another.
@@ -359,9 +371,8 @@ class Worker:
         with suppress(Exception):
             self._break()
         self._at = At.LEFT
-        rank, failure = silent_peer(error), self._failure(error)
-        suspect = None if rank is None else self._members[rank]
-        position = self._task.position()
+        position, failure = self._task.position(), self._failure(error)
+        suspect = silent_peer(error)
         self._left_last = Left(self._number, self._generation, position, failure=failure, suspect=suspect)
         return self._left_last
 
@@ -397,7 +408,7 @@ class Worker:
         is_ours = isinstance(error, (ConfigError, RunFailed, PeerLost, WaitTimeout))
         return Failure(
             message=str(error) if is_ours else f"{type(error).__name__}: {error}",
-            rank=self._number if self._peers is None else self._peers.rank,
+            rank=self._groups[0].rank if self._groups else self._number,
             step=self._task.step if self._task is not None else None,
             traceback="" if is_ours else user_traceback(error),
             is_echo=isinstance(error, (PeerLost, WaitTimeout)),

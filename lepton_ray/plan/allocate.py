@@ -62,7 +62,7 @@ def spots(nodes: Sequence[Node], slot: Slot, count: int) -> list[Node | None]:
 
 def admit(request: Request, nodes: Sequence[Node], pool: Sequence[Warm]) -> Grant | Wait | Refuse:
     """Decide on the first job of the queue: as many workers as there is room for, of those that it wants."""
-    for workers in range(max(request.most, request.workers), request.workers, -1):
+    for workers in range(max(request.most, request.workers), request.workers, -request.multiple):
         decision = _admit(replace(request, workers=workers), nodes, pool)
         if isinstance(decision, Grant):
             return decision

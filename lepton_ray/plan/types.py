@@ -38,5 +38,7 @@ class Request:
     """Workers can be reused among jobs with an equal one (Ray's runtime environment, as text)."""
     most: int = 0
     """Workers that it takes if there is room for more; 0 for no more than `workers`."""
+    multiple: int = 1
+    """It takes only multiples of so many: the workers of a replica."""
     spare_cpus: int = 0
     """CPUs that must be left beside the workers, for Ray Data to read a stream."""

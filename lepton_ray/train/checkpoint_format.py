@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -315,13 +316,14 @@ def _read_exactly(file: BufferedIOBase, target: memoryview) -> None:
         done += count
 
 
-def newest(folder: Folder) -> tuple[Manifest | None, list[str]]:
+def newest(folder: Folder, limit: float = math.inf) -> tuple[Manifest | None, list[str]]:
     """Return the newest checkpoint whose files are all as promised, and what was wrong with newer ones.
 
+    limit: the last step that may be.
     A folder without a manifest is a save that did not finish, and not worth a sentence. Every byte is read.
     """
     complaints: list[str] = []
-    for step in reversed(steps_in(folder)):
+    for step in reversed([step for step in steps_in(folder) if step <= limit]):
         found = _verify(folder, step)
         if isinstance(found, Manifest):
             return found, complaints

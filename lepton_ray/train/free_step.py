@@ -18,12 +18,13 @@ from lepton_ray.data.batch import samples as count
 from lepton_ray.data.feed import Feed, StepPlan
 from lepton_ray.errors import RunFailed
 from lepton_ray.train import optimizers
+from lepton_ray.train.ballot import vote
 from lepton_ray.train.buffers import BufferFold
 from lepton_ray.train.model import Model
 from lepton_ray.train.objective import StepFn, read_step
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.reduce import Reducer, over_wire, sum_of
-from lepton_ray.train.step import Committed, Extras, begin_buffers, fetch, not_finite, read_step_ballot, vote
+from lepton_ray.train.step import Committed, Extras, begin_buffers, fetch, not_finite, read_step_ballot
 
 
 class SharedOptimizer:

@@ -112,11 +112,13 @@ class Task:
         is_fresh: bool = True,
         since_step: int = 0,
         mirrors: Mirrors | None = None,
+        everybody: Peers | None = None,
     ) -> None:
-        """Take a place in a generation; see `Loop.join`."""
+        """Take a place in a generation; see `Loop.join`. everybody: the peers, where replicas have one worker."""
         if self._spec.sync.is_local:
             peers = Background(peers)
-        self._peers = peers
+        self._peers, everybody = peers, everybody or peers
+        self._is_first = everybody.rank == 0
         if self._spec.reproducible:
             self._check_kind(self._kind_of_first(peers))
         self.parts.bind(peers, is_clean=self._is_clean)
@@ -128,7 +130,7 @@ class Task:
         for text in notes:
             self._note(text)
         if self.loop is not None:
-            self.loop.join(peers, generation, is_fresh=is_fresh, since_step=since_step, mirrors=mirrors)
+            self.loop.join(peers, everybody, generation, is_fresh=is_fresh, since_step=since_step, mirrors=mirrors)
             if self._spec.reproducible and is_fresh:
                 self._check_kind(self.loop.state.kind or self._kind)
                 self.loop.state.kind = self._kind
@@ -172,7 +174,7 @@ class Task:
             )
 
     def _note(self, text: str) -> None:
-        if self._peers.rank == 0:
+        if self._is_first:
             self._report("note", text=text)
 
     def _load(self) -> None:

@@ -28,12 +28,13 @@ from lepton_ray.data.feed import StepPlan
 from lepton_ray.errors import ConfigError
 from lepton_ray.plan.local import Turns, cut
 from lepton_ray.train import optimizers
+from lepton_ray.train.ballot import vote
 from lepton_ray.train.buffers import BufferMean
 from lepton_ray.train.free_step import FreeStepper
 from lepton_ray.train.model import Model
 from lepton_ray.train.peers import Alone, Background
 from lepton_ray.train.precision import Scaler
-from lepton_ray.train.step import Committed, Extras, Stepper, step_together, vote
+from lepton_ray.train.step import Committed, Extras, Stepper, step_together
 
 
 @dataclass(slots=True, kw_only=True)

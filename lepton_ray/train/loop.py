@@ -20,6 +20,7 @@ from lepton_ray.data.sources import Source, Stream
 from lepton_ray.errors import RunFailed
 from lepton_ray.plan.batch import own
 from lepton_ray.plan.recover import Position
+from lepton_ray.train.ballot import Ballots, vote
 from lepton_ray.train.local_step import LocalStepper
 from lepton_ray.train.mirror import Mirrors
 from lepton_ray.train.outbox import Outbox, Report
@@ -31,11 +32,8 @@ from lepton_ray.train.saver import Saver
 from lepton_ray.train.spec import TrainSpec
 from lepton_ray.train.speed import Speed
 from lepton_ray.train.state import Kind, TrainState
-from lepton_ray.train.step import Committed, Stepping, vote
+from lepton_ray.train.step import Committed, Stepping
 from lepton_ray.train.weights import weights_digest
-
-_HEAD = 4
-"""Numbers at the head of each ballot: wishes to stop, for a callback, to pause; bytes to tell of."""
 
 
 class Loop:
@@ -80,25 +78,38 @@ class Loop:
 
     # --- generations -------------------------------------------------------------------------------------------------
 
-    def join(self, peers: Peers, generation: int, *, is_fresh: bool, since_step: int, mirrors: Mirrors | None) -> None:
+    def join(
+        self,
+        peers: Peers,
+        everybody: Peers,
+        generation: int,
+        *,
+        is_fresh: bool,
+        since_step: int,
+        mirrors: Mirrors | None,
+    ) -> None:
         """Take a place in a generation; the stepper is bound to it.
 
-        is_fresh: nobody holds the state of the training, so all load it, or begin. since_step: the first step that the
-        journal has no record of. mirrors: see `Saver.join`.
+        peers: workers with the same part of the model, one of each replica. everybody: all workers; they hold the
+        ballots. is_fresh: nobody holds the state of the training, so all load it, or begin. since_step: the first step
+        that the journal has no record of. mirrors: see `Saver.join`.
         """
-        self._peers, self._generation, self._since_step = peers, generation, since_step
+        self._peers, self._everybody = peers, everybody
+        self._ballots = Ballots(everybody, self._spec.size, self._spec.coordinate)
+        self._generation, self._since_step = generation, since_step
         self._owned = own(self._spec.batch.microbatches or peers.world, [1.0] * peers.world)[peers.rank]
-        if peers.rank == 0 and not self._outbox.is_first and not is_fresh:
+        is_first = everybody.rank == 0
+        if is_first and not self._outbox.is_first and not is_fresh:
             self._outbox.take_over()
-        self._outbox.is_first = peers.rank == 0
-        self._saver.join(peers.world, mirrors)
+        self._outbox.is_first = is_first
+        self._saver.join(peers, self._ballots, mirrors)
         self._parts.model.train(True)
         if not is_fresh:
             self._outbox.publish_again(since_step)
             return
         self._is_spoiled = True
         self._done.clear()
-        if self._saver.resume(peers, generation):
+        if self._saver.resume(generation):
             self._feed.seek(self.state.step)
         else:
             if self._has_begun:
@@ -202,11 +213,13 @@ class Loop:
         numbers: list[float] | None = self._compute(kind)
         while numbers is not None:
             self._voted = self._outbox.vote()
-            untold = len(self._voted) if self._peers.world > 1 else 0
+            untold = len(self._voted) if self._everybody.world > 1 else 0
             head = [self._wish(), self._outbox.stop_reason is not None, self._pause(), untold]
             self._is_reduced = True
-            ballot = vote(self._peers, [*head, *numbers])
-            numbers = self._stepper.again(ballot[_HEAD:]) if kind is Kind.STEP else None
+            ballot = self._ballots.hold(head, numbers)
+            if kind is not Kind.STEP:
+                break
+            numbers = self._ballots.again(numbers, self._stepper.again(self._ballots.own(ballot)))
         self._ballot = tuple(ballot)
         self._outbox.publish(self.state.step, self.state.epoch)
         self._open = None
@@ -230,7 +243,7 @@ class Loop:
             state.todo = state.todo[1:]
         match kind:
             case Kind.STEP:
-                self._after_step(self._stepper.commit(ballot[_HEAD:]))
+                self._after_step(self._stepper.commit(self._ballots.own(ballot)))
             case Kind.VALIDATE:
                 self._validated(self._found)
             case Kind.EPOCH:
@@ -242,11 +255,12 @@ class Loop:
             case Kind.SAVE:
                 self._saver.save(self._generation, self._found)
             case Kind.MIRROR:
-                self._saver.mirror(self._generation)
+                if not sum(ballot[Ballots.HEAD :]):
+                    self._saver.mirror(self._generation)
             case Kind.FINALIZE:
                 self._finalized()
             case Kind.COMPARE:
-                self._compared(ballot[_HEAD:])
+                self._compared(self._ballots.own(ballot))
             case Kind.END:
                 self._ended()
         self._found = None
@@ -269,6 +283,8 @@ class Loop:
                 self._found = self._parts.finalize()
             case Kind.COMPARE:
                 return self._digest_number()
+            case Kind.MIRROR:
+                return [float(self._saver.is_mirror_busy())]
         return []
 
     @property
@@ -380,7 +396,7 @@ class Loop:
         """Return what the callbacks of rank 0 remembered at the last ballot."""
         own = self._voted if self._outbox.is_first else bytes(self.state.untold)
         told = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-        self._peers.broadcast(told)
+        self._everybody.broadcast(told)
         return told.numpy().tobytes()
 
     # --- checkpoints and the end -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 Bytes = NDArray[np.uint8]
 
+_STEPS = 1 << 32  # a float64, as which a place is voted on, has 21 bits more for the generation
+
 
 class Mirrors(Protocol):
     """Where the copies are, and how often they are made; nothing of them outlives the run."""
@@ -35,11 +37,24 @@ class Mirrors(Protocol):
     def rest(self) -> float:
         """After a copy comes a rest so many times as long."""
 
-    def keep(self, generation: int, step: int, data: Bytes) -> None:
-        """Keep a state in the place of an older one. Returns when it is there."""
+    def keep(self, place: int, data: Bytes) -> None:
+        """Keep a state instead of an older one. Returns when it is there."""
 
-    def fetch(self, above: int) -> tuple[int, Bytes] | None:
-        """Return the newest state and its step, if that is above a given one."""
+    def kept(self) -> Sequence[int]:
+        """Return the places of the states that are kept; see `place_of`."""
+
+    def fetch(self, place: int) -> Bytes | None:
+        """Return the state of a place, if it is still there."""
+
+
+def place_of(generation: int, step: int) -> int:
+    """Return a number for a state: those of later generations are larger, and in a generation those of later steps."""
+    return generation * _STEPS + step
+
+
+def step_of(place: int) -> int:
+    """Return the step of a place."""
+    return place % _STEPS
 
 
 class Mirror:
@@ -51,6 +66,10 @@ class Mirror:
         self._rest_until_s = 0.0
         self._thread = ThreadPoolExecutor(1, "lepton-mirror")
 
+    def is_busy(self) -> bool:
+        """Tell whether an earlier copy is on its way, or there is a rest after it."""
+        return (self._last is not None and not self._last.done()) or time.perf_counter() < self._rest_until_s
+
     def save(
         self,
         mirrors: Mirrors,
@@ -60,9 +79,7 @@ class Mirror:
         state: Any,
         after: Callable[[], None],
     ) -> None:
-        """Copy a stable state, and send it in the background. after: as of `Checkpointer.save`."""
-        if (self._last is not None and not self._last.done()) or time.perf_counter() < self._rest_until_s:
-            return
+        """Copy a stable state, and send it in the background; not while busy. after: as of `Checkpointer.save`."""
         both = together(tensors, state)
         plan = plan_file(both)
         start, stop = len(plan.head), len(plan.head) + plan.size_bytes
@@ -87,7 +104,7 @@ class Mirror:
             if ready is not None:
                 ready.synchronize()
             after()
-            mirrors.keep(generation, step, data)
+            mirrors.keep(place_of(generation, step), data)
         except Exception as error:  # noqa: BLE001 - each store has errors of its own; the next copy may succeed
             log.warning("The state after %s steps could not be mirrored (%s: %s).", step, type(error).__name__, error)
         ended_s = time.perf_counter()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from lepton_ray.storage import Folder
+from lepton_ray.train.ballot import vote
 from lepton_ray.train.checkpoint_format import File, write_own
 from lepton_ray.train.peers import Peers
-from lepton_ray.train.step import vote
 
 log = logging.getLogger(__name__)
 

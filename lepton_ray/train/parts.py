@@ -121,7 +121,7 @@ class Parts:
 
     def restart(self) -> None:
         """Set everything as it was before the first step."""
-        load_weights(self.model, build(self.spec.blueprint, self.device, seed_of(self.spec.seed, 0)).state())
+        load_weights(self.model, _first_model(self.spec, self.device).state())
         state = copy.deepcopy(self._first)
         for name, optimizer in self.optimizers.named.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -206,7 +206,7 @@ def make_parts(
     feed: None for a job that does not train. note: told what was inferred.
     Raises ConfigError.
     """
-    model = build(spec.blueprint, device, seed_of(spec.seed, 0))  # first, so that Keras is imported as we want it
+    model = _first_model(spec, device)  # first, so that Keras is imported as we want it
     code: Code = pickle.loads(spec.code)  # made by this package in the user's own driver
     if isinstance(model, TorchModel):
         loss, metrics = code.loss, code.metrics
@@ -233,6 +233,10 @@ def make_parts(
         schedulers=make_scheduler(code.scheduler, optimizers),
         callbacks=code.callbacks,
     )
+
+
+def _first_model(spec: TrainSpec, device: torch.device) -> Model:
+    return build(spec.blueprint, device, seed_of(spec.seed, spec.coordinate))
 
 
 def _train_objective(step_fn: StepFn | None, judge: Objective, optimizers: Optimizers) -> Objective:

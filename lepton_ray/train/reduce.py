@@ -1,10 +1,11 @@
 """Sum gradients over the workers, bucket by bucket, while backward is still running.
 
-Every trainable parameter gets a `.grad` that is a view into a flat bucket from the start, so backward writes straight
-into what the collective sends, which lies in memory that the workers of a node share: nothing is copied. Buckets fill
-in reverse order of the parameters, which is about the order in which backward finishes them, and go out in that order
-on every worker. All but the last one travel on a thread of their own; the last has nothing left to hide behind and goes
-on the caller's.
+Gradients lie in flat buckets, in memory that the workers of a node share; what the collective sums is what the
+optimizer reads. The first gradient that backward makes of a parameter in a step is copied into its place, later ones
+are added there by backward itself: to add the first one too would take a pass over the bucket to clear it, and one more
+to read it. Buckets fill in reverse order of the parameters, which is about the order in which backward finishes them,
+and go out in that order on every worker. All but the last one travel on a thread of their own; the last has nothing
+left to hide behind and goes on the caller's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 
 from lepton_ray.collective.tensors import empty
 from lepton_ray.errors import ConfigError
+from lepton_ray.plan.ring import chunk_bounds
 from lepton_ray.plan.tree import Turn
 from lepton_ray.train.ordered import Aside, Tree
 from lepton_ray.train.peers import Peers
@@ -88,6 +90,9 @@ class Reducer:
         self._parameters, self._views, self._bucket_of = buckets.parameters, buckets.views, buckets.bucket_of
         self.buckets = buckets.flat
         self._members = [self._bucket_of.count(b) for b in range(len(self.buckets))]
+        # In a tree sums are put aside by the bucket; a DTensor's gradient may come in another layout.
+        self._is_added = [tree is not None or hasattr(p, "to_local") for p in self._parameters]
+        """Of each parameter, whether backward is to add up all of its gradients, beginning from zero."""
         self._aside = [Aside() for _ in self.buckets]
         self._merges = 0
         self._armed = False
@@ -107,12 +112,11 @@ class Reducer:
         return len(self._parameters)
 
     def begin(self) -> None:
-        """Start a step with gradients of zero."""
-        for bucket, aside in zip(self.buckets, self._aside):
-            bucket.zero_()
+        """Start a step without gradients."""
+        for aside in self._aside:
             aside.clear()
-        for p, view in zip(self._parameters, self._views):
-            p.grad = view
+        for p, view, is_added in zip(self._parameters, self._views, self._is_added):
+            p.grad = view.zero_() if is_added else None
         self._armed = False
         self._touched.clear()
         self._ready.clear()
@@ -136,6 +140,9 @@ class Reducer:
         """Send what has not left yet and wait for all sums. Raises what the collective raised."""
         if not self.buckets:
             return
+        for p, view in zip(self._parameters, self._views):
+            if p.grad is None:
+                p.grad = view.zero_()
         self._launch(len(self.buckets) - 1)
         if self._sender:
             self._sender.drain()
@@ -186,6 +193,11 @@ class Reducer:
                 break
         return found
 
+    def share_sum(self, rank: int, world: int) -> torch.Tensor:
+        """Return a number that is finite when a worker's share of the gradients is; the shares make up all of them."""
+        parts = [chunk_bounds(bucket.numel(), world) for bucket in self.buckets]
+        return sum_of(bucket[part[rank] : part[rank + 1]] for bucket, part in zip(self.buckets, parts))
+
     def close(self) -> None:
         """Take the hooks off the parameters and end the thread."""
         for hook in self._hooks:
@@ -195,6 +207,11 @@ class Reducer:
 
     def _on_grad(self, index: int) -> None:
         self._touched.add(index)
+        parameter, view = self._parameters[index], self._views[index]
+        if (grad := parameter.grad) is not view:
+            assert grad is not None
+            view.copy_(grad if grad.layout is torch.strided else grad.to_dense())
+            parameter.grad = view
         if index in self._ready:
             if self._tree is not None or self._bucket_of[index] < self._next:
                 raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -9,16 +10,16 @@ from typing import Any
 import torch
 
 from lepton_ray.storage import Folder
+from lepton_ray.train.ballot import Ballots
 from lepton_ray.train.checkpoint import Checkpointer
 from lepton_ray.train.checkpoint_format import File, load, load_own, newest
-from lepton_ray.train.mirror import Mirror, Mirrors, read
+from lepton_ray.train.mirror import Bytes, Mirror, Mirrors, read, step_of
 from lepton_ray.train.outbox import Outbox
 from lepton_ray.train.own_files import write_files
 from lepton_ray.train.parts import Parts
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.spec import TrainSpec
 from lepton_ray.train.state import TrainState
-from lepton_ray.train.step import vote
 from lepton_ray.train.transfer import give, take
 from lepton_ray.train.weights import write_weights
 
@@ -37,6 +38,8 @@ class Saver:
         """record: returns when what was done before a step is on record for good; raises where this worker is out."""
         self._spec, self._parts, self._state, self._outbox, self._record = spec, parts, state, outbox, record
         self._folder = Folder(spec.run_url)
+        if spec.coordinate:
+            self._folder = self._folder.sub(f"part-{spec.coordinate}")
         self._checkpoints = self._folder.sub("checkpoints")
         self._checkpointer: Checkpointer | None = None
         self._mirrors: Mirrors | None = None
@@ -44,13 +47,15 @@ class Saver:
         self._has_room = False
         self._saved_step = -1
 
-    def join(self, world: int, mirrors: Mirrors | None = None) -> None:
-        """Take part in a generation: whoever has rank 0 writes from now on, and nobody else.
+    def join(self, peers: Peers, ballots: Ballots, mirrors: Mirrors | None = None) -> None:
+        """Take part in a generation: whoever has rank 0 of the peers writes from now on, and nobody else.
 
-        mirrors: where and how often the state is mirrored; all know it, so that all take part in the ballot.
+        peers: as of `Loop.join`. mirrors: where and how often the state is mirrored; all know it, so that all take part
+        in the ballot.
         """
         self._mirrors = None if self._spec.sync.is_local else mirrors
-        if not self._outbox.is_first:
+        self._peers, self._ballots, self._is_writer = peers, ballots, peers.rank == 0
+        if not self._is_writer:
             self.close(0.0)
             return
         limits = self._spec.checkpoints
@@ -61,10 +66,16 @@ class Saver:
                 keep=limits.keep,
                 best=limits.best,
                 best_mode=limits.best_mode,
-                on_event=self._outbox.checkpoint_event,
+                on_event=self._checkpoint_event,
             )
         # Nobody may wait for rank 0 for so long that it is given up.
-        self._checkpointer.write_timeout_s = LAST_WRITE_S if world == 1 else self._spec.patience_s / 2
+        self._checkpointer.write_timeout_s = (
+            LAST_WRITE_S if peers.world * self._spec.size == 1 else self._spec.patience_s / 2
+        )
+
+    def _checkpoint_event(self, kind: str, **fields: Any) -> None:
+        if self._outbox.is_first:
+            self._outbox.checkpoint_event(kind, **fields)
 
     def make_room(self) -> None:
         """Find memory of the right size for a checkpoint: the optimizer has its state now."""
@@ -109,9 +120,13 @@ class Saver:
         """Tell whether the state after this step is to be mirrored."""
         return self._mirrors is not None and self._state.step % self._mirrors.every == 0
 
+    def is_mirror_busy(self) -> bool:
+        """Tell whether this worker could not mirror now: then nobody does, so that all parts have the same steps."""
+        return self._mirror is not None and self._mirror.is_busy()
+
     def mirror(self, generation: int) -> None:
         """Copy the state after a stable step; it is sent in the background."""
-        if self._mirrors is not None and self._outbox.is_first:
+        if self._mirrors is not None and self._is_writer:
             step = self._state.step
             self._mirror = self._mirror or Mirror()
             self._mirror.save(self._mirrors, generation, step, *self._whole(), lambda: self._record(step))
@@ -121,19 +136,22 @@ class Saver:
         is_ready = self._checkpointer is None or self._checkpointer.is_idle()
         return write_files(self._checkpoints, self._state.step, self._parts.own_state, peers, is_ready=is_ready)
 
-    def resume(self, peers: Peers, generation: int) -> bool:
-        """Load the newest state, mirrored or checkpoint, that rank 0 finds; return whether there is one."""
+    def resume(self, generation: int) -> bool:
+        """Load the newest state, mirrored or checkpoint, that those of rank 0 find; return whether there is one."""
+        peers = self._peers
         # All look, since all would wait for one that does: it reads the checkpoint to the end.
         found, problems = newest(self._checkpoints)
-        step = found.step if found else -1
-        mirrored = self._mirrors.fetch(above=step) if self._mirrors and peers.rank == 0 else None
-        told = [step + 1, mirrored is not None] if peers.rank == 0 else [0, 0]
-        step, is_mirrored = (int(number) for number in vote(peers, told))
-        step -= 1
         for problem in problems:
             self._outbox.now("checkpoint_refused", reason=problem)
+
+        def saved(limit: float) -> float:
+            at = found if found is None or found.step <= limit else newest(self._checkpoints, limit)[0]
+            return -1 if at is None else at.step
+
+        step = self._newest_of_all(saved)
+        mirrored, is_mirrored = self._mirrored(step) if self._mirrors is not None else (None, False)
         if is_mirrored:
-            whole = None if mirrored is None else read(mirrored[1])
+            whole = None if mirrored is None else read(mirrored)
             if whole is not None:
                 give(peers, *whole)
             tensors, state = whole or take(peers, self._parts.model.state())
@@ -151,6 +169,30 @@ class Saver:
         place = {"step": self._state.step, "epoch": self._state.epoch, "generation": generation}
         self._outbox.now("resumed", **place, origin="mirror" if is_mirrored else "checkpoint")
         return True
+
+    def _mirrored(self, above: int) -> tuple[Bytes | None, bool]:
+        """Fetch the newest mirror, if this is rank 0, and tell whether there is one of a step above this one."""
+        assert self._mirrors is not None
+        kept = self._mirrors.kept() if self._peers.rank == 0 else []
+        at = self._newest_of_all(lambda limit: max((each for each in kept if each <= limit), default=-1))
+        if at < 0 or step_of(at) <= above:
+            return None, False
+        data = self._mirrors.fetch(at) if self._peers.rank == 0 else None
+        is_missed = self._peers.rank == 0 and data is None  # it went with its node just now
+        return data, self._ballots.hold([is_missed], [])[0] == 0
+
+    def _newest_of_all(self, newest: Callable[[float], float]) -> int:
+        """Find the newest place that all parts of the model have a state of; -1 for none.
+
+        newest: the newest up to a limit of this worker's part; asked where this is rank 0.
+        """
+        limit = math.inf
+        while True:
+            own = newest(limit) + 1 if self._peers.rank == 0 else 0.0
+            places = self._ballots.hold([], [own])
+            if min(places) == max(places):
+                return int(places[0]) - 1
+            limit = min(places) - 1
 
     def finish(self, generation: int, is_complete: bool) -> None:
         """Write what a run leaves: its last checkpoint and, when it is complete, its weights."""

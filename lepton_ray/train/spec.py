@@ -52,3 +52,7 @@ class TrainSpec:
     sync: Sync = Sync()
     patience_s: float = 60
     """How long the workers wait for one of them that makes no progress."""
+    size: int = 1
+    """Workers of a replica. Each trains a part of the model that needs nothing of the others; all commit together."""
+    coordinate: int = 0
+    """Which of them this worker is."""

@@ -19,13 +19,14 @@ from lepton_ray.errors import RunFailed
 from lepton_ray.plan.batch import seed_of
 from lepton_ray.plan.tree import PLAIN
 from lepton_ray.train import optimizers
+from lepton_ray.train.ballot import vote
 from lepton_ray.train.buffers import BufferFold
 from lepton_ray.train.model import Model
 from lepton_ray.train.objective import Objective
 from lepton_ray.train.ordered import Tree
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.precision import Scaler, autocast
-from lepton_ray.train.reduce import Buckets, Reducer, over_wire, sum_of
+from lepton_ray.train.reduce import Buckets, Reducer, over_wire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,15 +80,6 @@ def fetch(
     model.seed(own_seed)
     batch = to_device(feed.fetch(step, microbatch), device)
     return aligned(batch) if is_exact else batch
-
-
-def vote(peers: Peers, values: Sequence[float]) -> list[float]:
-    """Sum a few numbers over all workers (the ballot)."""
-    if peers.world == 1:
-        return [float(value) for value in values]
-    ballot = torch.tensor(values, dtype=torch.float64)
-    peers.allreduce(ballot)
-    return ballot.tolist()
 
 
 def begin_buffers(buffers: BufferFold, plan: StepPlan) -> None:
@@ -152,9 +144,8 @@ class _Open:
     """A step that is computed and not committed."""
 
     step: int
-    scale: float
-    gradients: float
-    """A number that is finite when all summed gradients are."""
+    samples: int
+    """Of all workers; losses were divided by so many."""
     untouched: torch.Tensor | None
     """One flag per parameter that no backward of this worker reached; None when all were reached."""
     numbers: list[float]
@@ -211,8 +202,9 @@ class Stepper:
         told, weights = [0.0] * len(plan.sizes), [0.0] * len(plan.sizes)
         extra: dict[str, list[float]] = {}
         owned = [m for m in owned if plan.sizes[m]]
-        # Over the samples, so that gradients have the size that they have under torch's scaler: that of a mean.
-        scale = self.scaler.scale / plan.samples if self.scaler else 1.0
+        # Over the samples: gradients have the size that they have under torch's scaler, that of a mean, and mostly that
+        # is what the step needs, so that nobody has to go over all of them again.
+        scale = (self.scaler.scale if self.scaler else 1.0) / plan.samples
         for m in owned:
             turn = PLAIN if self._tree is None else self._tree.turn(m)
             self._reducer.turn(turn)
@@ -222,7 +214,7 @@ class Stepper:
                 outcome = self._objective(self._model, batch)
             if m == owned[-1]:
                 self._reducer.arm()
-            (outcome.loss_sum * scale if self.scaler else outcome.loss_sum).backward()
+            (outcome.loss_sum * scale).backward()
             self._buffers.leave(m, turn)
             losses.append(outcome.loss_sum.detach().double())
             weights[m] = outcome.weight
@@ -232,13 +224,14 @@ class Stepper:
         self._reducer.finish()
         self._buffers.reduce()
         untouched = self._reducer.untouched()
-        # The last has the same bits on every worker, and is read together with the losses.
-        *found, gradients = torch.stack([*losses, sum_of(self._reducer.buckets)]).tolist()
+        *found, gradients = torch.stack(
+            [*losses, self._reducer.share_sum(self._peers.rank, self._peers.world)]
+        ).tolist()
         for m, loss in zip(owned, found):
             told[m] = loss
         work = self._feed.fetched.work(len(plan.sizes))
-        numbers = [float(untouched is not None), *told, *weights, *work, *self._extras.numbers(extra)]
-        self._open = _Open(step, scale, gradients, untouched, numbers, len(plan.sizes))
+        numbers = [float(untouched is not None), gradients, *told, *weights, *work, *self._extras.numbers(extra)]
+        self._open = _Open(step, plan.samples, untouched, numbers, len(plan.sizes))
         return numbers
 
     def again(self, ballot: Sequence[float]) -> list[float] | None:
@@ -260,12 +253,12 @@ class Stepper:
         assert done is not None
         count = done.microbatches
         # Each is of one worker: their sums are the same whoever that was.
-        loss_sum, weight = _total(ballot[1 : 1 + count]), _total(ballot[1 + count : 1 + 2 * count])
-        told = ballot[1 + 2 * count :]
+        _, gradients, *told = ballot
+        loss_sum, weight, told = _total(told[:count]), _total(told[count : 2 * count]), told[2 * count :]
         committed = read_step_ballot(loss_sum, weight, told, done.microbatches, self._extras)
         if done.unused is not None:
             self._reducer.drop(done.unused)
-        return [self._apply(done.step, committed, done.scale, done.gradients)]
+        return [self._apply(done, committed, gradients)]
 
     def discard(self) -> None:
         """Undo what `compute` did."""
@@ -276,11 +269,15 @@ class Stepper:
         """Take the hooks off the model."""
         self._reducer.close()
 
-    def _apply(self, step: int, committed: Committed, scale: float, gradients: float) -> Committed:
-        """Turn the summed gradients into the mean, clip it and update; or skip or refuse the step."""
+    def _apply(self, done: _Open, committed: Committed, gradients: float) -> Committed:
+        """Turn the summed gradients into the mean, clip it and update; or skip or refuse the step.
+
+        gradients: a number that is finite when all of them are.
+        """
+        scale = self.scaler.scale if self.scaler else 1.0
         is_finite = math.isfinite(committed.loss_sum) and math.isfinite(gradients)
         if not is_finite and (self.scaler is None or self.scaler.scale == 1.0):
-            raise RunFailed(not_finite(step, committed.loss_sum))
+            raise RunFailed(not_finite(done.step, committed.loss_sum))
         if committed.weight == 0:
             self._buffers.discard()
             return _skipped(committed)
@@ -289,7 +286,7 @@ class Stepper:
             if not is_finite:
                 self._buffers.discard()
                 return _skipped(committed)
-        factor = 1 / (committed.weight * scale)
+        factor = done.samples / committed.weight / scale
         norm = None
         if self._clip_norm is not None or self.scaler:
             norm = self._reducer.norm() * factor

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -160,7 +160,6 @@ class Net(nn.Module):
     def __init__(self, happening: Happening | Both | None, pace_s: float = 0.0) -> None:
         """pace_s: of a forward, so that others have time to join."""
         super().__init__()
-        torch.manual_seed(0)
         self.layers = nn.Sequential(
             nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, CLASSES)
         ).double()
@@ -221,9 +220,18 @@ class Counting(Callback):
 
 
 def scene(
-    storage: str, name: str, happening: Happening | Both | None = None, *, pace_s: float = 0.0, **options: Any
+    storage: str,
+    name: str,
+    happening: Happening | Both | None = None,
+    *,
+    pace_s: float = 0.0,
+    size: int = 1,
+    **options: Any,
 ) -> Job:
-    """Start the job. It validates and checkpoints in the middle of epochs as well."""
+    """Start the job. It validates and checkpoints in the middle of epochs as well.
+
+    size: workers of a replica; each has a model of its own, from other first weights.
+    """
     settings: dict[str, Any] = {
         "num_workers": 2,
         "batch": Batch(samples=BATCH, microbatches=MICROBATCHES),
@@ -238,7 +246,12 @@ def scene(
         "seed": 3,
         "faults": PATIENT,
     }
-    return DistributedTrainer(Net(happening, pace_s), (X, Y), (X[:20], Y[:20]), **(settings | options)).submit()
+    torch.manual_seed(0)
+    model = options.pop("model", None) or (Net(happening, pace_s) if size == 1 else lambda: Net(happening, pace_s))
+    trainer = DistributedTrainer(model, (X, Y), (X[:20], Y[:20]), **(settings | options))
+    if size > 1:  # nothing that a user can ask for: what a replica of several workers must obey in any case
+        trainer._prepared = replace(trainer._prepared, spec=replace(trainer._prepared.spec, size=size))
+    return trainer.submit()
 
 
 def records(job: Job, event: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 
 from lepton_ray.cluster.vault import Vault
 from lepton_ray.errors import CheckpointError
-from lepton_ray.train.mirror import Bytes, Mirror, read
+from lepton_ray.train.mirror import Bytes, Mirror, place_of, read, step_of
 
 LIMIT_S = 20
 
@@ -24,16 +24,19 @@ class Memory:
 
     def __init__(self, rest: float = 0.0) -> None:
         self.rest = rest
-        self.vault, self.gate, self.tried = Vault(), threading.Event(), threading.Semaphore(0)
+        self.vault, self.gate, self.tried = Vault(versions=1), threading.Event(), threading.Semaphore(0)
         self.gate.set()
 
-    def keep(self, generation: int, step: int, data: Bytes) -> None:
+    def keep(self, place: int, data: Bytes) -> None:
         self.tried.release()
         assert self.gate.wait(LIMIT_S)
-        self.vault.keep(generation, step, data)
+        self.vault.keep(place, data)
 
-    def fetch(self, above: int) -> tuple[int, Bytes] | None:
-        return (self.vault.step(), self.vault.data()) if self.vault.step() > above else None
+    def kept(self) -> list[int]:
+        return self.vault.kept()
+
+    def fetch(self, place: int) -> Bytes | None:
+        return self.vault.data(place)
 
 
 def nothing() -> None:
@@ -53,7 +56,8 @@ def state(value: float) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def saved(mirror: Mirror, memory: Memory, step: int, after: Callable[[], None] = nothing) -> None:
-    mirror.save(memory, 1, step, *state(float(step)), after)
+    if not mirror.is_busy():
+        mirror.save(memory, 1, step, *state(float(step)), after)
 
 
 def wait(mirror: Mirror) -> None:
@@ -66,15 +70,16 @@ def test_what_was_mirrored_comes_back(mirror: Mirror) -> None:
     for step in (3, 4):
         saved(mirror, memory, step)
         wait(mirror)
-    found = memory.fetch(above=3)
+    assert memory.kept() == [place_of(1, 4)]
+    assert step_of(place_of(1, 4)) == 4
+    found = memory.fetch(place_of(1, 4))
     assert found is not None
-    assert found[0] == 4
-    (tensors, told), (expected, plain) = read(found[1]), state(4.0)
+    (tensors, told), (expected, plain) = read(found), state(4.0)
     assert [*tensors] == [*expected]
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
     assert torch.equal(told["moments"][0], plain["moments"][0])
     assert told["scale"] == plain["scale"]
-    assert memory.fetch(above=4) is None
+    assert memory.fetch(place_of(1, 3)) is None
 
 
 def test_training_goes_on_while_a_copy_is_on_its_way(mirror: Mirror) -> None:
@@ -85,10 +90,10 @@ def test_training_goes_on_while_a_copy_is_on_its_way(mirror: Mirror) -> None:
     saved(mirror, memory, 2)  # left out
     memory.gate.set()
     wait(mirror)
-    assert memory.vault.step() == 1
+    assert memory.kept() == [place_of(1, 1)]
     saved(mirror, memory, 3)
     wait(mirror)
-    assert memory.vault.step() == 3
+    assert memory.kept() == [place_of(1, 3)]
 
 
 def test_a_rest_follows_a_copy_where_it_is_wanted(mirror: Mirror) -> None:
@@ -96,7 +101,7 @@ def test_a_rest_follows_a_copy_where_it_is_wanted(mirror: Mirror) -> None:
     for step in (1, 2):
         saved(mirror, memory, step)
         wait(mirror)
-    assert memory.vault.step() == 1
+    assert memory.kept() == [place_of(1, 1)]
 
 
 def test_what_cannot_be_kept_leaves_the_older_copy(mirror: Mirror) -> None:
@@ -108,15 +113,20 @@ def test_what_cannot_be_kept_leaves_the_older_copy(mirror: Mirror) -> None:
     wait(mirror)
     saved(mirror, memory, 2, fail)
     wait(mirror)
-    assert memory.vault.step() == 1
+    assert memory.kept() == [place_of(1, 1)]
 
 
-def test_a_vault_holds_nothing_that_comes_late() -> None:
-    vault = Vault()
-    assert vault.step() == -1
-    for generation, step in ((2, 5), (1, 9), (2, 4)):
-        vault.keep(generation, step, np.full(3, step, np.uint8))
-    assert (vault.step(), vault.data().tolist()) == (5, [5, 5, 5])
+@pytest.mark.parametrize(("versions", "held"), [(1, [(2, 5)]), (2, [(2, 4), (2, 5)])])
+def test_a_vault_holds_the_newest_and_nothing_that_comes_late(versions: int, held: list[tuple[int, int]]) -> None:
+    vault = Vault(versions)
+    assert vault.kept() == []
+    for generation, step in ((1, 9), (2, 4), (2, 5), (1, 10), (2, 3)):
+        vault.keep(place_of(generation, step), np.full(3, step, np.uint8))
+    assert vault.kept() == [place_of(*each) for each in held]
+    data = vault.data(place_of(2, 5))
+    assert data is not None
+    assert data.tolist() == [5, 5, 5]
+    assert vault.data(place_of(1, 9)) is None
 
 
 def test_damaged_bytes_are_refused() -> None:

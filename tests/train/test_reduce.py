@@ -133,7 +133,7 @@ def test_a_second_step_starts_from_zero(together: Together) -> None:
 def test_buckets_hold_one_dtype_each_and_every_parameter_once() -> None:
     model = Mixed()
     reducer = Reducer(dict(model.named_parameters()), None)
-    reducer.begin()
+    run_step(reducer, model, [0, 1])
     assert sorted(bucket.dtype is torch.float64 for bucket in reducer.buckets) == [False, True]
     assert sum(bucket.numel() for bucket in reducer.buckets) == sum(p.numel() for p in model.parameters())
     for bucket in reducer.buckets:
