@@ -53,6 +53,10 @@ class RayPeers:
         with self._naming:
             collective.recv(tensor, source, group_name=self.group)
 
+    @property
+    def is_in_one_node(self) -> bool:
+        return self.world == 1 or ray_group.is_in_one_node(self.group)
+
     def explain(self, size_bytes: int) -> str:
         return ray_group.explain(self.group, size_bytes) if self.world > 1 else "there is one worker"
 

@@ -110,6 +110,11 @@ class Group(Ring):
             return "shared memory"
         return "tcp" if self._across is None or max(self._across.counts) == 1 else "shared memory and tcp"
 
+    @property
+    def is_in_one_node(self) -> bool:
+        """All ranks share memory."""
+        return self._shared is not None
+
     def explain(self, size_bytes: int) -> str:
         """Say how an array of this size is summed, and why: what was measured, and predicted for each candidate."""
         if self._across is None or self._speeds is None:

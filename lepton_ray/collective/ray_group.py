@@ -95,6 +95,11 @@ def explain(group_name: str, size_bytes: int) -> str:
     return _forming_or_formed[group_name].formed.explain(size_bytes)
 
 
+def is_in_one_node(group_name: str) -> bool:
+    """Tell whether all ranks of a group of this process share the memory of one node."""
+    return _forming_or_formed[group_name].formed.is_in_one_node
+
+
 class _Unlike(ConfigError, RuntimeError):
     """Tensors that do not belong together: a RuntimeError where Ray's own backends raise one."""
 

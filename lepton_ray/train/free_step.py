@@ -34,7 +34,9 @@ class SharedOptimizer:
         self.optimizer = optimizer
         allreduce = peers.allreduce if peers.world > 1 else None
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._reducer = Reducer({str(i): p for i, p in enumerate(parameters)}, over_wire(peers, wire))
+        named = {str(i): p for i, p in enumerate(parameters)}
+        # Nobody knows which backward is the last before a step.
+        self._reducer = Reducer(named, over_wire(peers, wire), is_overlapped=False)
         self._allreduce = allreduce
         self.share = 1.0
         """What the gradients of this worker are multiplied by before they are summed."""

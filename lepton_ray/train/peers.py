@@ -14,6 +14,10 @@ class Peers(Protocol):
     rank: int
     world: int
 
+    @property
+    def is_in_one_node(self) -> bool:
+        """All members share the memory of a node: what they exchange costs a core's time, and hardly any waiting."""
+
     def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
         """Sum a contiguous tensor over the members, in place, to the same bits everywhere.
 
@@ -39,6 +43,7 @@ class Alone:
 
     rank = 0
     world = 1
+    is_in_one_node = True
 
     def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
         """The sum over one member is what it holds."""
@@ -85,6 +90,10 @@ class Background:
 
     def explain(self, size_bytes: int) -> str:
         return self._peers.explain(size_bytes)
+
+    @property
+    def is_in_one_node(self) -> bool:
+        return self._peers.is_in_one_node
 
     def start(self, tensor: torch.Tensor, wire: str, residual: torch.Tensor | None) -> None:
         """Begin what `allreduce` does; until `join` has returned, nobody may touch the tensors."""

@@ -26,7 +26,7 @@ from lepton_ray.train.objective import Objective
 from lepton_ray.train.ordered import Tree
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.precision import Scaler, autocast
-from lepton_ray.train.reduce import Buckets, Reducer, over_wire
+from lepton_ray.train.reduce import Buckets, Reducer, can_overlap, over_wire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +183,9 @@ class Stepper:
         self._precision, self._clip_norm = precision, clip_norm
         self.scaler = Scaler() if precision == "fp16" else None
         self._tree = tree
-        self._reducer = Reducer(model.parameters(), over_wire(peers, wire), buckets, tree)
+        self._reducer = Reducer(
+            model.parameters(), over_wire(peers, wire), buckets, tree, is_overlapped=can_overlap(peers)
+        )
         self._buffers = BufferFold(model.buffers(), allreduce, tree)
         self._extras = Extras(peers)
         self._open: _Open | None = None

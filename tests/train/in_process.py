@@ -48,6 +48,10 @@ class ThreadPeers:
     def recv(self, tensor: torch.Tensor, source: int) -> None:
         self._group.recv(tensor.detach().view(-1).numpy(), source)
 
+    @property
+    def is_in_one_node(self) -> bool:
+        return self._group.is_in_one_node
+
     def explain(self, size_bytes: int) -> str:
         return self._group.explain(size_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from lepton_ray.prepare import with_place
 from lepton_ray.train import reduce
 from lepton_ray.train.job import Task
 from lepton_ray.train.peers import Alone, Peers
-from lepton_ray.train.reduce import Reducer
+from lepton_ray.train.reduce import Reducer, can_overlap
 
 Together = Callable[[int, Callable[[Peers], Any]], list[Any]]
 MICROBATCHES, ROWS, FEATURES = 5, 3, 4
@@ -111,7 +112,7 @@ def test_sums_are_those_of_plain_autograd_for_any_ownership(together: Together, 
 
 
 def test_buckets_lie_in_the_memory_of_the_group(together: Together) -> None:
-    """What backward writes is what the others read: there is no copy between them."""
+    """What the optimizer reads is what the others read: there is no copy between them."""
 
     def act(peers: Peers) -> list[int]:
         model = Mixed()
@@ -123,6 +124,16 @@ def test_buckets_lie_in_the_memory_of_the_group(together: Together) -> None:
 
     for inodes in together(2, act):
         assert all(inodes)
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(2, False), (3, True)])
+def test_sums_in_shared_memory_go_beside_backward_where_there_is_a_core_to_spare(
+    cores: int, expected: bool, together: Together, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 workers of one thread each; over a network they always do."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(cores)})
+    torch.set_num_threads(1)
+    assert together(2, can_overlap) == [expected] * 2
 
 
 def test_a_second_step_starts_from_zero(together: Together) -> None:
