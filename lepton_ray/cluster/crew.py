@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,6 +28,8 @@ LAST_WORDS_S = 10.0
 """How long workers may take to write out what they are writing."""
 WORD_S = 1.5
 """How long a controller that comes back waits for a worker's word."""
+ALONE = 10
+"""Nobody waits for a lone worker: its time limit is so many times that of several."""
 PING_S = 0.25
 """Period of the look after silent workers."""
 
@@ -60,6 +62,8 @@ class Crew:
         """Of each part of the model."""
         self._asked_s: dict[int, float] = {}
         """Since when an answer is waited for."""
+        self._beats: dict[int, tuple[int | None, float]] = {}
+        """Of a lone worker, how much it has done, and since when it has."""
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -168,6 +172,7 @@ class Crew:
     def lose(self, number: int, reason: str) -> None:
         """Take a worker for gone, and see to it that it is."""
         actor = self._actors.pop(number, None)
+        self._beats.pop(number, None)
         if actor is not None:
             ray.kill(actor)
             self._tell(Lost(number, reason))
@@ -180,6 +185,7 @@ class Crew:
         while True:
             await asyncio.sleep(PING_S)
             late_s, looked_s = time.monotonic() - looked_s - PING_S, time.monotonic()
+            self._beats = {n: (beats, since_s + max(0.0, late_s)) for n, (beats, since_s) in self._beats.items()}
             watched = {number for number in members() if number in self._actors}
             for number in [*self._asked_s]:
                 if number not in watched:
@@ -190,6 +196,9 @@ class Crew:
             self._asked_s |= dict.fromkeys(fresh, looked_s)
             for number in fresh:
                 self._spawn(self._ping(number, self._actors[number]))
+            for number, stuck_s in self._stuck(watched, looked_s):
+                what = f"began nothing for {stuck_s:.0f} s ({ALONE} x Faults.collective_timeout_s)"
+                self.lose(number, f"worker {number} answers, but {what}")
             ages = {number: looked_s - self._asked_s[number] for number in watched}
             for number in silent(ages, self._order.faults.silence_timeout_s):
                 del self._asked_s[number]
@@ -197,11 +206,20 @@ class Crew:
 
     async def _ping(self, number: int, actor: Any) -> None:
         try:
-            await actor.ping.remote()
+            beats = await actor.beats.remote()
         except RayError:
             return  # what it was asked before tells why
         if self._actors.get(number) is actor:
             self._asked_s.pop(number, None)
+            if self._beats.get(number, (None, 0.0))[0] != beats:
+                self._beats[number] = beats, time.monotonic()
+
+    def _stuck(self, watched: Collection[int], now_s: float) -> list[tuple[int, float]]:
+        """Name a lone worker that gets on with nothing, and for how long. Of several the others notice, in a sum."""
+        if len(watched) != 1:
+            self._beats.clear()
+        found = [(number, now_s - since_s) for number, (beats, since_s) in self._beats.items() if beats is not None]
+        return [(number, age_s) for number, age_s in found if age_s > ALONE * self._order.faults.collective_timeout_s]
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

@@ -127,6 +127,12 @@ class Worker:
         """Answer, with the id of the node: this process lives."""
         return str(ray.get_runtime_context().get_node_id())
 
+    def beats(self) -> int | None:
+        """Answer, with a number that rises while training gets on; None where nothing is to be done."""
+        from lepton_ray.train.pulse import PULSE
+
+        return PULSE.beats
+
     def prepare(self) -> None:
         """Wait until everything is imported."""
         self._imported.wait()

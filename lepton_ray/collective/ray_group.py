@@ -137,9 +137,8 @@ class LeptonGroup(BaseGroup):
         self._aborted: str | None = None
         self._group: Group | None = None
         self._accelerators: dict[str, Accelerator | None] = {}
-        self._keys = _Keys(f"collective/{quote(group_name, safe='')}/accelerators/")
+        self._keys = keys = _Keys(f"collective/{quote(group_name, safe='')}/")
         _forming_or_formed[group_name] = self
-        prefix = f"collective/{quote(group_name, safe='')}/"
         deadline_s = time.monotonic() + self.timeout_s
         if world_size == 1:
             self._group = Group(rank, world_size, secret=b"")
@@ -147,9 +146,9 @@ class LeptonGroup(BaseGroup):
         try:
             if rank == 0:
                 known = secrets.token_bytes(_SECRET_BYTES) + (make_identity() if self.tls else b"")
-                internal_kv._internal_kv_put(prefix + "secret", known, overwrite=True, namespace=_NAMESPACE)
+                keys.put("secret", known)
             else:
-                known = self._await_key(prefix + "secret", "rank 0", deadline_s)
+                known = self._await_key("secret", "rank 0", deadline_s)
             secret, identity = known[:_SECRET_BYTES], known[_SECRET_BYTES:] or None
             if self.tls and identity is None:
                 raise ConfigError(
@@ -162,30 +161,29 @@ class LeptonGroup(BaseGroup):
                 self._group.abort(self._aborted)
 
             def exchange(address: bytes) -> Sequence[bytes]:
-                internal_kv._internal_kv_put(prefix + str(rank), address, overwrite=True, namespace=_NAMESPACE)
+                keys.put(str(rank), address)
                 return [
-                    address if peer == rank else self._await_key(prefix + str(peer), f"rank {peer}", deadline_s)
+                    address if peer == rank else self._await_key(str(peer), f"rank {peer}", deadline_s)
                     for peer in range(world_size)
                 ]
 
             self._group.form(exchange)
             if rank == 0:  # all have connected to us, so all have read all addresses
-                internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
+                keys.clear()
             # Nobody goes on, and perhaps forms a group of this name again, before the keys are gone.
             self._group.barrier()
         except BaseException:
             if self._group is not None:
                 self._group.close()
-            keys = [prefix + str(rank)] + [prefix + "secret"] * (rank == 0)
-            for key in keys:
-                internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+            for key in (str(rank), "secret") if rank == 0 else (str(rank),):
+                keys.delete(key)
             raise
 
     def _await_key(self, key: str, owner: str, deadline_s: float) -> bytes:
         while True:
-            value = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+            value = self._keys.find(key)
             if value is not None:
-                return bytes(value)
+                return value
             if self._aborted is not None:
                 raise PeerLost(f"rank {self._rank} stopped forming group {self._group_name!r}: {self._aborted}")
             if time.monotonic() > deadline_s:
@@ -212,7 +210,7 @@ class LeptonGroup(BaseGroup):
     def destroy_group(self) -> None:
         for accelerator in filter(None, self._accelerators.values()):
             accelerator.abort()
-            self._keys.clear()
+            _Keys(f"{self._keys.prefix}accelerators/").clear()
         if self._group is not None:
             self._group.close()
         if _forming_or_formed.get(self._group_name) is self:
@@ -318,7 +316,7 @@ class LeptonGroup(BaseGroup):
         if not name or len({row[_NONCE_BYTES:].tobytes() for row in rows}) > 1:
             return None
         # Keys of an earlier try are not those of this one.
-        keys = _Keys(f"{self._keys.prefix}{rows[0][:_NONCE_BYTES].tobytes().hex()}/")
+        keys = _Keys(f"{self._keys.prefix}accelerators/{rows[0][:_NONCE_BYTES].tobytes().hex()}/")
         store = KeyStore(keys, self.timeout_s)
         look, end = self.formed.look, self.formed.abort
         return Accelerator(name, store, self._rank, self._world_size, timeout_s=self.timeout_s, look=look, end=end)

@@ -21,6 +21,7 @@ from lepton_ray.train.model import Model
 from lepton_ray.train.objective import Objective, call
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.precision import autocast
+from lepton_ray.train.pulse import PULSE
 from lepton_ray.train.step import seed_everything
 
 
@@ -44,6 +45,7 @@ class Pass:
         rank, world = (0, 1) if is_alone else (self.peers.rank, self.peers.world)
         found = blocks(source, self.block_samples, rank=rank, world=world)
         for number in count(rank, world):
+            PULSE.beat()
             own_seed = seed_of(self.seed, number)
             seed_everything(own_seed, self.device)
             model.seed(own_seed)

@@ -27,6 +27,7 @@ from lepton_ray.train.outbox import Outbox, Report
 from lepton_ray.train.own_files import File
 from lepton_ray.train.parts import Parts
 from lepton_ray.train.peers import Peers
+from lepton_ray.train.pulse import PULSE
 from lepton_ray.train.reduce import sum_of
 from lepton_ray.train.saver import Saver
 from lepton_ray.train.spec import TrainSpec
@@ -178,13 +179,11 @@ class Loop:
         """Train; return whether that has come to its end, or to an agreed stop, rather than to a pause."""
         # Stable, as all have formed with it. A stop that it leads to must not come later than in a calm run.
         self._outbox.publish(self.state.step, self.state.epoch)
-        while True:
-            kind = self._next()
-            wants_pause = self._transact(kind)
-            if kind is Kind.END:
-                return True
-            if wants_pause:
-                return False
+        with PULSE.expected():
+            while True:
+                kind = self._next()
+                if self._transact(kind) or kind is Kind.END:
+                    return kind is Kind.END
 
     def _next(self) -> Kind:
         """Return what is to be done next."""
@@ -207,6 +206,7 @@ class Loop:
 
     def _transact(self, kind: Kind) -> bool:
         """Do a transaction with all workers; return whether some of them was asked to pause after it."""
+        PULSE.beat()
         self._open, self._is_reduced = kind, False
         if kind is Kind.STEP and isinstance(self._parts.stepper, LocalStepper):
             return self._local_step(self._parts.stepper)
@@ -262,7 +262,8 @@ class Loop:
             case Kind.COMPARE:
                 self._compared(self._ballots.own(ballot))
             case Kind.END:
-                self._ended()
+                with PULSE.expected(False):  # the last checkpoint is written
+                    self._ended()
         self._found = None
         self._is_spoiled = False
 

@@ -26,6 +26,7 @@ from lepton_ray.train.objective import Objective
 from lepton_ray.train.ordered import Tree
 from lepton_ray.train.peers import Peers
 from lepton_ray.train.precision import Scaler, autocast
+from lepton_ray.train.pulse import PULSE
 from lepton_ray.train.reduce import Buckets, Reducer, can_overlap, over_wire
 
 
@@ -75,6 +76,7 @@ def fetch(
 
     is_exact: its place in memory must make no difference.
     """
+    PULSE.beat()
     own_seed = seed_of(seed, step, microbatch)
     seed_everything(own_seed, device)
     model.seed(own_seed)

@@ -131,6 +131,11 @@ def freeze() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def hang() -> None:
+    """Never return; the process answers as ever."""
+    threading.Event().wait()
+
+
 def fail() -> None:
     """Raise an error of the user."""
     raise ValueError("what the user wrote")

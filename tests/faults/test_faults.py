@@ -20,6 +20,8 @@ import lepton_ray
 from lepton_ray import Batch, Checkpoints, ConfigError, Elastic, Faults, Job, RunFailed, Sync, WorkerFailed
 from lepton_ray.cluster.scheduler import scheduler
 from lepton_ray.result import Result
+from lepton_ray.storage import Folder
+from lepton_ray.train.checkpoint_format import newest
 from tests.faults.scene import (
     BATCH,
     LIMIT_S,
@@ -35,6 +37,7 @@ from tests.faults.scene import (
     exhaust,
     fail,
     freeze,
+    hang,
     records,
     scene,
     wait_for,
@@ -102,6 +105,18 @@ def test_a_frozen_worker_is_given_up(where: str, worker: int, storage: str, calm
     assert any("was silent" in cause for cause in causes), causes
 
 
+@pytest.mark.parametrize(("workers", "redone", "limit_s"), [(1, 5, 0.5), (2, 0, 5.0)])
+def test_a_worker_that_hangs_is_given_up(
+    workers: int, redone: int, limit_s: float, storage: str, calm: torch.Tensor
+) -> None:
+    """It answers, so nothing but its work tells: that of a lone worker stands still, others wait for it in vain."""
+    faults = replace(PATIENT, collective_timeout_s=limit_s)
+    job, result = run(storage, hang, "forward", workers - 1, num_workers=workers, faults=faults)
+    assert_nothing_lost(job, result, calm, redone=redone)
+    if workers == 1:
+        assert any("began nothing for" in record["what"].get("reason", "") for record in records(job, "told"))
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_memory_that_runs_out_once_costs_no_step(where: str, storage: str, calm: torch.Tensor) -> None:
     """The kernel's or Ray's killer of greedy processes is a worker that dies; this is an allocation that fails."""
@@ -126,8 +141,19 @@ def test_an_error_of_a_callback_ends_the_run(storage: str, calm: torch.Tensor) -
         run(storage, fail, "callback", 0)
 
 
+def dying_when_saved(storage: str) -> Callable[[], None]:
+    """Return what ends a process when the job has a checkpoint: it is written in the background."""
+
+    def die_then() -> None:
+        while newest(Folder(f"{storage}/job/checkpoints"))[0] is None:
+            time.sleep(0.01)
+        die()
+
+    return die_then
+
+
 def test_a_lone_worker_that_dies_is_replaced_and_goes_on_from_the_checkpoint(storage: str, calm: torch.Tensor) -> None:
-    job, result = run(storage, die, "forward", 0, num_workers=1)
+    job, result = run(storage, dying_when_saved(storage), "forward", 0, num_workers=1)
     assert_nothing_lost(job, result, calm, redone=5)
     assert [record["step"] for record in records(job, "resumed")] == [5]
 
@@ -150,7 +176,7 @@ def test_local_steps_go_on_from_the_checkpoint_as_if_nothing_had_happened(storag
     """The state of a worker that trains by itself dies with it, so all of them go back."""
     sync = Sync.local(steps=3)
     calm = weights(scene(storage, "calm", sync=sync).wait(LIMIT_S))
-    job, result = run(storage, die, "forward", 1, sync=sync)
+    job, result = run(storage, dying_when_saved(storage), "forward", 1, sync=sync)
     assert_nothing_lost(job, result, calm, redone=STEPS_PER_EPOCH)
     assert [record["step"] for record in records(job, "resumed")] == [5]
 

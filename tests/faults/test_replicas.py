@@ -90,14 +90,14 @@ def test_each_part_is_that_of_replicas_of_one(storage: str, calm: Parts) -> None
     ("what", "where", "worker"),
     [
         pytest.param(die, "forward", 1, id="die-forward-1"),
-        pytest.param(die, "backward", 2, id="die-backward-2"),
-        pytest.param(die_soon, "backward", 3, id="die_soon-backward-3"),
-        pytest.param(die, "sum", 0, id="die-sum-0"),
+        pytest.param(die, "backward", 2, id="die-backward-2", marks=pytest.mark.long),
+        pytest.param(die_soon, "backward", 3, id="die_soon-backward-3", marks=pytest.mark.long),
+        pytest.param(die, "sum", 0, id="die-sum-0", marks=pytest.mark.long),
         pytest.param(die, "sum", 3, id="die-sum-3"),
         pytest.param(die, "ballot", 1, id="die-ballot-1"),
         pytest.param(die, "ballot", 2, id="die-ballot-2"),
-        pytest.param(die, "update", 3, id="die-update-3"),
-        pytest.param(die, "evaluate", 0, id="die-evaluate-0"),
+        pytest.param(die, "update", 3, id="die-update-3", marks=pytest.mark.long),
+        pytest.param(die, "evaluate", 0, id="die-evaluate-0", marks=pytest.mark.long),
         pytest.param(die, "write", 1, id="die-write-1"),
         pytest.param(fail, "update", 1, id="fail-update-1"),
     ],
@@ -108,7 +108,7 @@ def test_a_worker_of_two_that_is_lost_costs_no_step(
     check(run(storage, what, where, worker), calm)
 
 
-@pytest.mark.parametrize(("where", "worker"), [("ballot", 3), ("sum", 1)])
+@pytest.mark.parametrize(("where", "worker"), [("ballot", 3), pytest.param("sum", 1, marks=pytest.mark.long)])
 def test_a_frozen_worker_of_two_is_given_up(where: str, worker: int, storage: str, calm: Parts) -> None:
     job = run(storage, freeze, where, worker, faults=Faults())
     check(job, calm)
@@ -143,7 +143,7 @@ def test_a_part_that_nobody_holds_comes_back_with_the_other_of_the_same_step(
     assert resumed["step"] in ((4, 8, 12) if is_mirrored else (5, 10))
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.long)])
 def test_a_run_is_resized_by_replicas(before: int, after: int, storage: str, calm: Parts) -> None:
     gate = f"{storage}.gate"
     hold = Happening(lambda: wait_for(gate), "forward", 1, 4, f"{storage}.happened")
