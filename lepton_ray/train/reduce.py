@@ -93,7 +93,8 @@ class Reducer:
         self._parameters, self._views, self._bucket_of = buckets.parameters, buckets.views, buckets.bucket_of
         self.buckets = buckets.flat
         self._members = [self._bucket_of.count(b) for b in range(len(self.buckets))]
-        # In a tree sums are put aside by the bucket; a DTensor's gradient may come in another layout.
+        # In a tree zeros are added to sums, which changes the bits of -0.0; what begins from zero never is that. A
+        # DTensor's gradient may come in another layout.
         self._is_added = [tree is not None or hasattr(p, "to_local") for p in self._parameters]
         """Of each parameter, whether backward is to add up all of its gradients, beginning from zero."""
         self._aside = [Aside() for _ in self.buckets]
