@@ -5,10 +5,10 @@
 The byte-level language model of jobs/train_text.py (1.0 M parameters) on Python's help pages, 2 workers of one thread,
 each in a network namespace of its own, joined by a virtual cable whose both ends send at 100 Mbit/s. In every round DDP
 on gloo trains for 400 steps, and its test loss is measured. Then ours trains with local steps until its test loss,
-measured after every exchange, is as low. Both take the same batches (2 windows of 64 bytes per worker), the same AdamW
-and the same first weights; the clock stands still while a test loss is measured. The workers' mean is taken as it is
-(`OuterSGD(lr=1.0, momentum=0.0)`), with nothing in the background: in so short a run DiLoCo's momentum is slower. `no
-network` shows what of the time is compute: the steps of two workers that never meet.
+measured after every exchange (in int8), is as low. Both take the same batches (2 windows of 64 bytes per worker), the
+same AdamW and the same first weights; the clock stands still while a test loss is measured. The workers' mean is taken
+as it is (`OuterSGD(lr=1.0, momentum=0.0)`), with nothing in the background: in so short a run DiLoCo's momentum is
+slower. `no network` shows what of the time is compute: the steps of two workers that never meet.
 
 Expected before measuring: 4.0 MB of gradients take 320 ms at 100 Mbit/s and a step of a worker 22 ms, so DDP needs 340
 ms a step and local steps 25 ms, exchange included. A simulation without network needs 500 local steps for the loss of
@@ -281,19 +281,20 @@ def with_ours(
     import train_text
 
     from lepton_ray import Batch, Checkpoints, DistributedTrainer, OuterSGD, Sync
-    from lepton_ray.collective.ring import Ring
+    from lepton_ray.collective.group import Group
+    from lepton_ray.collective.wire import Feedback
     from lepton_ray.prepare import with_place
     from lepton_ray.train.job import Task
 
     class Wire:
-        """The other worker, over TCP only: both are on one machine, and would find that they share its memory."""
+        """The other worker, as on another node: both are on one machine, and would find that they share its memory."""
 
-        rank, world = 0, WORLD
+        world, is_in_one_node = WORLD, False
 
         def __init__(self) -> None:
-            self.rank, self._ring = rank, Ring(rank, WORLD, secret=SECRET, host=host)
-            self._ring.form(self._exchange)
-            self.abort, self.close = self._ring.abort, self._ring.close
+            self.rank, self._group = rank, Group(rank, WORLD, secret=SECRET, host=host, node=str(rank))
+            self._group.form(self._exchange)
+            self.close, self.explain = self._group.close, self._group.explain
 
         def _exchange(self, address: bytes) -> Sequence[bytes]:
             pipe.send(address)
@@ -301,10 +302,11 @@ def with_ours(
             return addresses
 
         def allreduce(self, tensor: torch.Tensor, wire: str = "fp32", residual: torch.Tensor | None = None) -> None:
-            self._ring.allreduce(tensor.detach().view(-1).numpy())
+            feedback = None if residual is None else Feedback(residual.numpy())
+            self._group.allreduce(tensor.detach().view(-1).numpy(), wire=wire, feedback=feedback)
 
         def broadcast(self, tensor: torch.Tensor) -> None:
-            self._ring.broadcast(tensor.detach().view(-1).numpy())
+            self._group.broadcast(tensor.detach().view(-1).numpy())
 
     train, test = text()
     wire = Wire()
@@ -318,7 +320,7 @@ def with_ours(
             optimizer=make_optimizer,
             batch=Batch(samples=BATCH),
             steps=most_steps,
-            sync=Sync.local(steps=every, outer=OuterSGD(lr=1.0, momentum=0.0), delay=0),
+            sync=Sync.local(steps=every, outer=OuterSGD(lr=1.0, momentum=0.0), delay=0, wire="int8"),
             validate_every=every,
             checkpoints=Checkpoints(every_steps=most_steps),
         )
@@ -339,13 +341,12 @@ def with_ours(
             replace(with_place(trainer._prepared.spec, "local", folder), threads=1),
             train_source=trainer._train,
             test_source=trainer._test,
-            peers=wire,
             device=torch.device("cpu"),
-            generation=1,
             report=tell,
             record=lambda step: None,
             wish=lambda: bool(stopped),
         )
+        task.join(wire, 1)
         clock.start()
         task.run()
         task.close()
